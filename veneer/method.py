@@ -1,0 +1,303 @@
+"""The contract: what a method says about itself, and what it is given. No method is named here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+
+import torch
+from torch import Generator, Tensor
+
+from veneer.errors import BadValue, Unsupported
+from veneer.option import check
+from veneer.site import Site, choose
+
+if TYPE_CHECKING:
+    from veneer.strategy import Strategy
+
+Params: TypeAlias = dict[str, Tensor]
+"""A site's tensors and the shared ones, under the names in the method's docstring."""
+
+KEEP: Any = object()
+"""Stands for "the layer's own" where None is a value."""
+
+WEIGHTS = ("linear", "conv", "embedding", "parameter")
+"""Kinds of sites that carry a weight matrix, [out, in] (`parameter`: also a stack of them)."""
+
+
+class Call:
+    """The layer below: the frozen layer, a quantised one, or what another method made of it.
+
+    A method that only calls it runs on every layer, 4-bit ones included, without dequantising.
+    """
+
+    training: bool
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer's output for the input x [..., in] → [..., out]."""
+        raise NotImplementedError
+
+    def weight(self) -> Tensor:
+        """The weight [out, in], dequantised; without gradient to the base."""
+        raise NotImplementedError
+
+    def bias(self) -> Tensor | None:
+        """The bias [out] or None."""
+        raise NotImplementedError
+
+    def apply(self, x: Tensor, weight: Any = KEEP, bias: Any = KEEP) -> Tensor:
+        """The layer's operation with another weight [out, in] or bias [out] in place of its own."""
+        raise NotImplementedError
+
+    def add_low_rank(self, x: Tensor, L: Tensor, R: Tensor, inner: Tensor | None = None) -> Tensor:
+        """call(x) + (inner Rᵀ) Lᵀ without forming L R; L [out, r], R [r, in]; inner is x unless given (dropout)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Method:
+    """Hyper-parameters and maths of one method. Immutable, owns no tensors, knows no model.
+
+    Args:
+        targets: where it acts: roles ("attn.q attn.v"), module names or regular expressions over them;
+            None means the method's own choice, `default_targets`.
+        leave_out: depths of blocks that are left alone.
+    """
+
+    targets: str | None = dataclasses.field(default=None, kw_only=True, metadata={"help": "roles or module names it acts on"})
+    leave_out: tuple[int, ...] = dataclasses.field(default=(), kw_only=True, metadata={"help": "block depths left alone"})
+
+    default_targets: ClassVar[str] = "attn.q attn.v"
+    kinds: ClassVar[tuple[str, ...]] = WEIGHTS
+    """Kinds of sites it can act on."""
+    frozen: ClassVar[tuple[str, ...]] = ()
+    """Names of tensors that are stored but not trained."""
+    limits: ClassVar[Mapping[str, str]] = {}
+    """Features that the method's nature forbids, each with the reason: {"merge": "the bottleneck is nonlinear"}.
+    Keys are the columns of the feature table; `conformance` reads them, and the library refuses with the reason."""
+    aliases: ClassVar[Mapping[str, str]] = {}
+    """Other names of hyper-parameters, as a paper or a peer spells them."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.slug = cls.__module__.rsplit(".", 1)[-1].replace("_", "-")
+
+    slug: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            limits = {k: v for k, v in f.metadata.items() if k != "help"}
+            check(self.label, f.name, getattr(self, f.name), f.default, limits, str(f.type))
+        self.validate()
+
+    # -- what a method may say ------------------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Raises `BadValue` for hyper-parameters that do not go together. Ranges of single ones stand in `option`."""
+
+    def check(self, site: Site) -> None:
+        """Raises `BadValue` (with `self.refuse`) if the hyper-parameters do not fit this site's shape."""
+
+    def select(self, sites: Sequence[Site]) -> list[Site]:
+        """The sites it acts on, in model order; by default those that `targets` names."""
+        chosen = choose(sites, self.targets or self.default_targets, kinds=self.kinds, who=self.label, allow_unmatched=self.targets is None)
+        return [s for s in chosen if s.depth is None or s.depth not in self.leave_out]
+
+    def tie(self, site: Site) -> str | None:
+        """Name of the group of sites that share this site's `init_shared` tensors; one group ("all") by default."""
+        return "all"
+
+    def init(self, site: Site, generator: Generator) -> Params:
+        """Tensors of one site."""
+        return {}
+
+    def init_shared(self, sites: Sequence[Site], generator: Generator) -> Params:
+        """Tensors shared by all sites of one tie group, stored once."""
+        return {}
+
+    def init_from_weight(self, W: Tensor, b: Tensor | None, p: Params, site: Site, generator: Generator) -> Params:
+        """The site's tensors once the frozen weight is known (norms, decompositions, copies). Override only if needed:
+        the frame reads (and dequantises) weights at attach only for methods that do."""
+        return p
+
+    calibrates: ClassVar[bool] | bool = False
+    """True (also as a property of the hyper-parameters) if the start needs inputs from data: `observe` and `settle`."""
+
+    def observe(self, state: Any, x: Tensor, site: Site) -> Any:
+        """Takes one batch of this site's inputs x [..., in] at the start; returns the new state (None at first)."""
+        raise NotImplementedError
+
+    def settle(self, states: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, tuple[Method, Params] | None]:
+        """From the states by site name: the method and first tensors of every site, or None to leave the site out."""
+        raise NotImplementedError
+
+    def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
+        """The adapted output, given the layer below as `call`."""
+        raise NotImplementedError
+
+    def fold(self, W: Tensor, b: Tensor | None, p: Params, site: Site) -> tuple[Tensor, Tensor | None]:
+        """Weight [out, in] (norms: gain [d]) and bias that make the frozen layer alone give the adapted output."""
+        raise Unsupported(self.limits.get("merge", f"{self.label} cannot be folded into a weight."))
+
+    def strategy(self) -> Strategy | None:
+        """What has to happen around training steps, if anything."""
+        return None
+
+    def lr_ratios(self) -> Mapping[str, float]:
+        """Tensor name → factor on the learning rate, where it is not 1."""
+        return {}
+
+    # -- what every method can do ---------------------------------------------------------------------------
+
+    @property
+    def label(self) -> str:
+        """The method's name in messages: its class."""
+        return type(self).__name__
+
+    @property
+    def foldable(self) -> bool:
+        """Whether the change can be written into the frozen layer."""
+        return "merge" not in self.limits and type(self).fold is not Method.fold
+
+    def refuse(self, what: str, site: Site) -> BadValue:
+        """A `BadValue` that names method, value and place: `raise self.refuse("r=512 is …; choose …", site)`."""
+        return BadValue(f"{self.label}: {what.replace('{at}', f'at {site.name}')}" if "{at}" in what else f"{self.label}: {what} (at {site.name})")
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        return (self,)
+
+    def __add__(self, other: Method) -> Stack:
+        return Stack(methods=(*self.parts, *other.parts))
+
+    @property
+    def spec(self) -> str:
+        """The method as `veneer.parse` reads it: slug and the hyper-parameters that differ from the defaults."""
+        shown = []
+        for f in sorted(dataclasses.fields(self), key=lambda f: f.kw_only):
+            value = getattr(self, f.name)
+            if value != f.default:
+                shown.append(f"{f.name}={value!r}")
+        return f"{self.slug}({', '.join(shown)})" if shown else self.slug
+
+    def __str__(self) -> str:
+        return self.spec
+
+
+@dataclass(frozen=True)
+class WeightMethod(Method):
+    """W_eff = f(W; p). Give `weight`; forward, merge and all layer kinds follow."""
+
+    def weight(self, W: Tensor, p: Params, site: Site | None = None) -> Tensor:
+        """The definition, dense: [out, in] → [out, in]."""
+        raise NotImplementedError
+
+    def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
+        return call.apply(x, weight=self.weight(call.weight(), p, site))
+
+    def fold(self, W: Tensor, b: Tensor | None, p: Params, site: Site) -> tuple[Tensor, Tensor | None]:
+        return self.weight(W, p, site), b
+
+
+@dataclass(frozen=True)
+class LowRankMethod(WeightMethod):
+    """W_eff = W + L R. Give `factors`; the fused forward and backward never form L R."""
+
+    dropout: ClassVar[float] | float = 0.0
+
+    def factors(self, p: Params, site: Site | None = None) -> tuple[Tensor, Tensor]:
+        """L [out, r] and R [r, in]; scales are already in them."""
+        raise NotImplementedError
+
+    def weight(self, W: Tensor, p: Params, site: Site | None = None) -> Tensor:
+        L, R = self.factors(p, site or Site.bare(W))
+        return W + (L @ R).reshape(W.shape)
+
+    def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
+        L, R = self.factors(p, site)
+        if self.dropout and call.training and x.is_floating_point():
+            return call.add_low_rank(x, L, R, torch.nn.functional.dropout(x, self.dropout))
+        return call.add_low_rank(x, L, R)
+
+
+@dataclass(frozen=True)
+class ActivationMethod(Method):
+    """h → h′ on a layer's output (channels last). Give `activation`, and `fold` where the layer before it can absorb it."""
+
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "norm", "embedding")
+
+    def activation(self, h: Tensor, p: Params, site: Site) -> Tensor:
+        """The changed output, [..., out] → [..., out]."""
+        raise NotImplementedError
+
+    def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
+        h = call(x)
+        if site.kind == "conv":  # channels are axis 1 there
+            return self.activation(h.movedim(1, -1), p, site).movedim(-1, 1)
+        return self.activation(h, p, site)
+
+
+@dataclass(frozen=True)
+class PromptMethod(Method):
+    """Learned tokens at the input (`kind` model) or learned keys and values at attention (`kind` attention).
+
+    Several active prompts follow one another in order; weighted ones of equal shape add up.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("model",)
+
+    def tokens(self, p: Params, site: Site) -> Tensor:
+        """For the model: the learned input embeddings [P, D]."""
+        raise NotImplementedError
+
+    def keys_values(self, p: Params, site: Site) -> tuple[Tensor, Tensor]:
+        """For one attention module: keys and values, each [P, kv_heads · head_dim], as they enter the product."""
+        raise NotImplementedError
+
+    after_first: ClassVar[bool | None] | bool | None = None
+    """Input prompts: insert after the first token instead of before it; None: after it in encoders (whose
+    first token is pooled), before it in decoders."""
+    shift_positions: ClassVar[bool | None] | bool | None = None
+    """Attention prompts: start the text at position P instead of 0; None: in decoders only."""
+
+
+@dataclass(frozen=True)
+class SelectionMethod(Method):
+    """Trains chosen parameters of the base itself, as copies: the base stays untouched. Give `fold`: W, b ← p."""
+
+    kinds: ClassVar[tuple[str, ...]] = (*WEIGHTS, "norm")
+
+    def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
+        W, b = self.fold(call.weight(), call.bias(), p, site)
+        return call.apply(x, weight=W, bias=b)
+
+
+@dataclass(frozen=True)
+class Stack(Method):
+    """Methods in order: each sees what the one before it made of the layer."""
+
+    methods: tuple[Method, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        return self.methods
+
+    @property
+    def spec(self) -> str:
+        return " + ".join(m.spec for m in self.methods)
+
+    @property
+    def label(self) -> str:
+        return " + ".join(m.label for m in self.methods)
+
+
+def replaced(method: Method, changes: Mapping[str, Any]) -> Method:
+    """A copy with some hyper-parameters changed; unknown names raise `TypeError`."""
+    return dataclasses.replace(method, **dict(changes))
+
+
+def options_of(cls: type[Method]) -> Iterable[dataclasses.Field]:
+    """The hyper-parameter fields of a method class, own ones first."""
+    return sorted(dataclasses.fields(cls), key=lambda f: f.kw_only)

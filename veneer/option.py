@@ -1,0 +1,61 @@
+"""Hyper-parameters of methods: a default with its legal range, readable without importing torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from veneer.errors import BadValue
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    ge: float | None = None,
+    gt: float | None = None,
+    le: float | None = None,
+    lt: float | None = None,
+    choices: tuple | None = None,
+) -> Any:
+    """A dataclass field with its legal range.
+
+    Arguments must be literals, so that the registry can read them from the source without running it.
+    """
+    limits = {k: v for k, v in {"ge": ge, "gt": gt, "le": le, "lt": lt, "choices": choices}.items() if v is not None}
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+_SIGNS = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
+
+
+def check(who: str, name: str, value: Any, default: Any, limits: dict[str, Any], annotation: str = "") -> None:
+    """Raises `BadValue` in one sentence if `value` is of the wrong type or outside its limits."""
+    if value is None:
+        if default is None or "None" in annotation:
+            return
+        raise BadValue(f"{who}: {name}=None is not allowed; the default is {default!r}.")
+    choices = limits.get("choices")
+    if choices is not None:
+        if value not in choices:
+            raise BadValue(f"{who}: {name}={value!r} is not one of {', '.join(repr(c) for c in choices)}.")
+        return
+    kind = _kind(annotation)
+    right = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}.get(kind)
+    if right and (not isinstance(value, right) or (isinstance(value, bool) and kind != "bool")):
+        if "|" in annotation and isinstance(value, str | bool):
+            return
+        raise BadValue(f"{who}: {name}={value!r} must be {'an' if kind == 'int' else 'a'} {kind}; the default is {default!r}.")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        bad = value != value or any(
+            not {"ge": value >= v, "gt": value > v, "le": value <= v, "lt": value < v}[k]
+            for k, v in limits.items() if k in _SIGNS
+        )  # fmt: skip
+        if bad:
+            legal = " and ".join(f"{_SIGNS[k]} {v}" for k, v in limits.items() if k in _SIGNS)
+            raise BadValue(f"{who}: {name}={value!r} is out of range; it must be {legal or 'a number'}.")
+
+
+def _kind(annotation: str) -> str:
+    parts = [p.strip() for p in annotation.split("|") if p.strip() not in ("None", "")]
+    return parts[0] if parts else ""
