@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 import torch
 from torch import Generator, Tensor
 
+from veneer.callable import make_callable
 from veneer.errors import BadValue, Unsupported
 from veneer.option import check
 from veneer.site import Site, choose
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 Params: TypeAlias = dict[str, Tensor]
 """A site's tensors and the shared ones, under the names in the method's docstring."""
+
+make_callable(__name__)
 
 KEEP: Any = object()
 """Stands for "the layer's own" where None is a value."""
@@ -121,6 +124,9 @@ class Method:
         """The site's tensors once the frozen weight is known (norms, decompositions, copies). Override only if needed:
         the frame reads (and dequantises) weights at attach only for methods that do."""
         return p
+
+    trains_heads: ClassVar[bool] = False
+    """True for the one method that trains a model's own task head beside any other method."""
 
     calibrates: ClassVar[bool] | bool = False
     """True (also as a property of the hyper-parameters) if the start needs inputs from data: `observe` and `settle`."""
@@ -229,11 +235,12 @@ class ActivationMethod(Method):
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "norm", "embedding")
 
     def activation(self, h: Tensor, p: Params, site: Site) -> Tensor:
-        """The changed output, [..., out] → [..., out]."""
+        """The changed output, [..., out] → [..., out]; h comes in the tensors' dtype."""
         raise NotImplementedError
 
     def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
         h = call(x)
+        h = h.to(torch.promote_types(h.dtype, next(iter(p.values())).dtype))  # 1 + a small step must not round to 1
         if site.kind == "conv":  # channels are axis 1 there
             return self.activation(h.movedim(1, -1), p, site).movedim(-1, 1)
         return self.activation(h, p, site)

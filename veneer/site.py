@@ -14,6 +14,7 @@ ROLES: dict[str, str] = {
     "attn.k": "key projection of self-attention",
     "attn.v": "value projection of self-attention",
     "attn.o": "output projection of self-attention",
+    "attn.qkv": "fused query, key and value projection whose rows are interleaved by head",
     "cross.q": "query projection of cross-attention",
     "cross.k": "key projection of cross-attention",
     "cross.v": "value projection of cross-attention",

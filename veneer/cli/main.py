@@ -1,0 +1,77 @@
+"""The program `veneer`: its commands, and what happens when the command itself is mistyped."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from veneer.cli.command import parser
+from veneer.cli.output import OK, answer, fail, version
+from veneer.errors import UnknownName, VeneerError, nearest
+
+COMMANDS = {
+    "train": "train",
+    "compare": "compare",
+    "evaluate": "use",
+    "predict": "use",
+    "merge": "export",
+    "export": "export",
+    "inspect": "folder",
+    "methods": "methods",
+    "show": "methods",
+    "anatomy": "anatomy",
+    "doctor": "doctor",
+}
+"""Command → the module of this package that holds the function of the same name."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and gives its exit code: 0 done, 1 a fault of the library, 2 a mistake to mend, 3 the machine, 130 interrupted."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("--help", "-h", "help"):
+        print(overview())
+        return OK
+    if args[0] == "--version":
+        print(f"veneer {version()}")
+        return OK
+    try:
+        function = command(args[0])
+        given = parser(args[0], function).read(args[1:])
+    except SystemExit:  # argparse has printed the help
+        return OK
+    except VeneerError as error:
+        return fail(error, sys.stdout if "--json" in args else None)
+    as_json, debug = given.pop("as_json"), given.pop("debug")
+    return answer(lambda: function(**given), as_json, debug)
+
+
+def command(name: str) -> Callable[..., Any]:
+    """The function behind a command; its module is imported only now. Raises `UnknownName` with the nearest commands."""
+    if name not in COMMANDS:
+        raise UnknownName(f"There is no command {name!r}.{nearest(name, COMMANDS)} `veneer --help` lists them all.")
+    return getattr(importlib.import_module(f"veneer.cli.{COMMANDS[name]}"), name)
+
+
+def overview() -> str:
+    """What `veneer --help` prints."""
+    lines = [f"  {name:<10}{(inspect.getdoc(command(name)) or '').splitlines()[0]}" for name in COMMANDS]
+    return "\n".join(
+        [
+            "usage: veneer COMMAND …",
+            "",
+            "Parameter-efficient fine-tuning: a thin, trained layer over a frozen pretrained model.",
+            "",
+            *lines,
+            "",
+            "Every command has --help, --json (one JSON document on stdout) and --debug (tracebacks).",
+            "Exit codes: 0 done, 1 a fault of the library, 2 a mistake to mend, 3 the machine (disk, memory, a missing package),",
+            "130 interrupted.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

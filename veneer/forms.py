@@ -1,0 +1,215 @@
+"""How each class of layer uses its weight: read it dense, run it with another one, add a low-rank term, write to it.
+
+One form serves every method. Weights are always seen as [out, in] (convolutions: [out, in/groups, *kernel];
+embedding tables transposed to [dim, vocabulary]; norms: the gain [d]), whatever the layer's own layout.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from veneer.errors import Unsupported
+from veneer.kernels.low_rank import add_low_rank, low_rank_linear
+
+
+class Form:
+    """A plain layer whose parameter is already [out, in]. Subclasses say what differs."""
+
+    def __init__(self, module: nn.Module, parameter: str = "weight", bias: str = "bias") -> None:
+        self.parameter, self.bias_name = parameter, bias
+
+    def raw(self, module: nn.Module) -> Tensor:
+        """The stored parameter, fetched where an offloading hook keeps it."""
+        return stored(module, self.parameter)
+
+    def weight(self, module: nn.Module) -> Tensor:
+        return self.raw(module).detach()
+
+    def bias(self, module: nn.Module) -> Tensor | None:
+        held = module._parameters.get(self.bias_name)
+        return None if held is None else stored(module, self.bias_name).detach()
+
+    def apply(self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def low_rank(self, module: nn.Module, y: Tensor, x: Tensor, L: Tensor, R: Tensor) -> Tensor:
+        """y plus the low-rank term."""
+        raise Unsupported(f"{type(module).__name__} has no low-rank form.")
+
+    def fused_low_rank(self, module: nn.Module, x: Tensor, L: Tensor, R: Tensor) -> Tensor | None:
+        """Layer and low-rank term in one function, or None where there is none."""
+        return None
+
+    def store(self, W: Tensor, like: Tensor) -> Tensor:
+        """The weight back in the layer's own layout and dtype."""
+        return W.to(like.dtype).reshape(like.shape)
+
+    writable = ""
+    """Why a merge cannot be written into it; "" when it can."""
+
+
+class LinearForm(Form):
+    def apply(self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
+
+    def low_rank(self, module: nn.Module, y: Tensor, x: Tensor, L: Tensor, R: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            return y + F.linear(F.linear(x, R), L)
+        return add_low_rank(y, x, L, R)
+
+    def fused_low_rank(self, module: nn.Module, x: Tensor, L: Tensor, R: Tensor) -> Tensor | None:
+        W = module._parameters["weight"]
+        if W is None or W.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+            return None
+        return low_rank_linear(x, W.detach(), self.bias(module), L, R)
+
+
+class TransposedForm(LinearForm):
+    """Stored [in, out], as GPT-2's Conv1D."""
+
+    def weight(self, module: nn.Module) -> Tensor:
+        return self.raw(module).detach().t()
+
+    def fused_low_rank(self, module: nn.Module, x: Tensor, L: Tensor, R: Tensor) -> Tensor | None:
+        W = module._parameters["weight"]
+        if W is None or W.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
+            return None
+        return low_rank_linear(x, W.detach().t(), self.bias(module), L, R)
+
+    def store(self, W: Tensor, like: Tensor) -> Tensor:
+        return W.t().to(like.dtype).contiguous()
+
+
+class QuantisedForm(LinearForm):
+    """A linear layer whose stored weight is packed: bitsandbytes 4-bit and 8-bit, torchao tensors."""
+
+    writable = (
+        "its weight is stored quantised, so a merge would be rounded away; load the base in 16 or 32 bit to merge, "
+        "or `veneer export --to merged --base FULL_PRECISION_BASE`"
+    )
+
+    def weight(self, module: nn.Module) -> Tensor:
+        W = self.raw(module)
+        kind = type(module).__name__ + type(W).__name__
+        if "4bit" in kind:
+            import bitsandbytes.functional as bnb
+
+            return bnb.dequantize_4bit(W.data, W.quant_state).to(W.quant_state.dtype)  # type: ignore[attr-defined]
+        if "Int8Params" in kind or "8bit" in kind:
+            state = getattr(module, "state", None)
+            packed = W.CB if getattr(W, "CB", None) is not None else state.CB if state is not None and state.CB is not None else W.data  # type: ignore
+            scale = W.SCB if getattr(W, "SCB", None) is not None else state.SCB  # type: ignore
+            if packed.dtype != torch.int8:
+                return packed
+            return packed.float() * (scale.float() / 127.0).unsqueeze(1)
+        return W.dequantize()
+
+    def fused_low_rank(self, module: nn.Module, x: Tensor, L: Tensor, R: Tensor) -> Tensor | None:
+        return None
+
+
+class EmbeddingForm(Form):
+    """A table [vocabulary, dim], seen as [dim, vocabulary] acting on one-hot columns."""
+
+    def weight(self, module: nn.Module) -> Tensor:
+        return self.raw(module).detach().t()
+
+    def apply(self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        own = module._parameters["weight"]
+        y = F.embedding(x, W.t(), module.padding_idx, module.max_norm, module.norm_type, module.scale_grad_by_freq)
+        if own is not None:
+            y = y.to(own.dtype)
+        y = y * scale if (scale := getattr(module, "embed_scale", None)) is not None else y
+        return y if b is None else y + b
+
+    def low_rank(self, module: nn.Module, y: Tensor, x: Tensor, L: Tensor, R: Tensor) -> Tensor:
+        term = F.embedding(x, R.t(), module.padding_idx) @ L.t()
+        scale = getattr(module, "embed_scale", None)
+        return y + (term if scale is None else term * scale).to(y.dtype)
+
+    def store(self, W: Tensor, like: Tensor) -> Tensor:
+        return W.t().to(like.dtype).contiguous()
+
+
+class ConvForm(Form):
+    """Conv1d, Conv2d, Conv3d with any stride, padding mode, dilation and groups."""
+
+    def apply(self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        own: Any = module
+        b = None if b is None else b.to(x.dtype)
+        return own._conv_forward(x, W.to(x.dtype).reshape(own.weight.shape), b)
+
+    def low_rank(self, module: nn.Module, y: Tensor, x: Tensor, L: Tensor, R: Tensor) -> Tensor:
+        own: Any = module
+        if own.groups > 1:  # each group of outputs meets its own inputs: one dense kernel is the cheaper form
+            delta = (L @ R).to(x.dtype).reshape(own.weight.shape)
+            return y + own._conv_forward(x, delta, None)
+        inner = own._conv_forward(x, R.to(x.dtype).reshape(R.shape[0], *own.weight.shape[1:]), None)
+        pointwise = L.to(x.dtype).reshape(*L.shape, *(1,) * (own.weight.ndim - 2))
+        return y + (F.conv1d, F.conv2d, F.conv3d)[own.weight.ndim - 3](inner, pointwise)
+
+
+class NormForm(Form):
+    """LayerNorm and its relatives. Classes other than torch's run their own forward on substituted parameters."""
+
+    def apply(self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        own: Any = module
+        if isinstance(module, nn.LayerNorm):
+            W, b = W.to(x.dtype), None if b is None else b.to(x.dtype)
+            return F.layer_norm(x, own.normalized_shape, W, b, own.eps)
+        with module.veneer.substituted({"weight": W.to(own._parameters["weight"].dtype), "bias": b}):  # type: ignore[union-attr, operator]
+            return module.veneer.frozen(module, x)  # type: ignore[union-attr, operator]
+
+
+class ParameterForm(Form):
+    """A bare parameter, or one a fused kernel reads without calling the layer: seen through a property of the class."""
+
+    def apply(self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
+        raise Unsupported(f"the parameter {self.parameter} of {type(module).__name__} is read by its owner; there is no layer to run")
+
+
+def stored(module: nn.Module, name: str) -> Tensor:
+    """A module's own parameter; for an offloaded one (on meta, under an accelerate hook) the copy its hook keeps."""
+    held = module._parameters[name]
+    assert held is not None
+    hook = getattr(module, "_hf_hook", None)
+    if held.device.type != "meta" or hook is None:
+        return held
+    for one in getattr(hook, "hooks", (hook,)):
+        kept = getattr(one, "weights_map", None)
+        if kept is not None:
+            return kept[name]
+    return held
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether a linear layer's stored weight is packed."""
+    W = module._parameters.get("weight")
+    if W is None:
+        return False
+    return type(W).__name__ in ("Params4bit", "Int8Params") or "torchao" in type(W.data).__module__ or "torchao" in type(W).__module__
+
+
+def form_of(module: nn.Module, kind: str, parameter: str) -> Form:
+    """The form for a site of this kind on this module."""
+    if kind == "linear" and parameter == "weight" and not read_from_outside(module):
+        if type(module).__name__.removeprefix("Adapted") == "Conv1D":
+            return TransposedForm(module)
+        return QuantisedForm(module) if is_quantised(module) else LinearForm(module)
+    if kind == "embedding":
+        return EmbeddingForm(module)
+    if kind == "conv":
+        return ConvForm(module)
+    if kind == "norm":
+        return NormForm(module)
+    bias = {"in_proj_weight": "in_proj_bias", "weight": "bias"}.get(parameter, parameter + "_bias")
+    return ParameterForm(module, parameter, bias)
+
+
+def read_from_outside(module: nn.Module) -> bool:
+    """Whether the owner reads this layer's weight itself instead of calling the layer (`nn.MultiheadAttention.out_proj`)."""
+    return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
