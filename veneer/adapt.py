@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from veneer import anatomy, prompts, registry
-from veneer.errors import BadValue, Unsupported, UnknownName, VeneerError, nearest
+from veneer.errors import BadValue, UnknownName, Unsupported, VeneerError, nearest
 from veneer.forms import form_of, is_quantised, read_from_outside
 from veneer.layer import LAYERS, Frozen, Part, Slot, Tensors, adapt, compute_dtype, restore, slot_of
 from veneer.method import Method, Params, replaced
@@ -138,7 +138,9 @@ def tuned_of(model: nn.Module) -> Tuned:
 def check_name(name: str, tuned: Tuned) -> None:
     """Raises `BadValue` for a name that is taken or that a module cannot have."""
     if not name.isidentifier() or hasattr(Slot, name) or hasattr(nn.Module(), name):
-        raise BadValue(f"attach: the adapter name {name!r} must be a plain word of letters, digits and underscores, such as 'default' or 'french'.")
+        raise BadValue(
+            f"attach: the adapter name {name!r} must be a plain word of letters, digits and underscores, such as 'default' or 'french'."
+        )
     if name in tuned.adapters:
         raise BadValue(f"attach: an adapter named {name!r} is already attached; choose another name or call remove({name!r}) first.")
 
@@ -290,7 +292,8 @@ class Tuned:
         if site.kind == "attention":
             if not prompts.uses_interface(module):
                 raise Unsupported(
-                    f"{type(module).__name__} at {site.name} does not use transformers' attention interface, so keys and values cannot be added there."
+                    f"{type(module).__name__} at {site.name} does not use transformers' attention interface, "
+                    "so keys and values cannot be added there."
                 )
             return module, slot_of(module, self.route)
         if site.kind == "branch" and read_from_outside(module):

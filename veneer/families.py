@@ -38,8 +38,8 @@ MLP = _table(
 )
 """Last names of the layers of a feed-forward network."""
 
-UP_THEN_GATE = re.compile(r"GEGLU|SwiGLU$")
-"""Classes whose fused projection holds the linear half first."""
+UP_THEN_GATE = re.compile(r"^(GEGLU|SwiGLU)$")
+"""Classes whose fused projection holds the linear half first, the gate last."""
 
 MIXERS: tuple[tuple[re.Pattern[str], dict[str, str]], ...] = (
     (

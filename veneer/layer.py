@@ -50,7 +50,14 @@ class Part:
     """One method at one site: its place in the stack, and where its tensors are held."""
 
     def __init__(
-        self, index: int, method: Method, site: Site, held: Tensors, keys: dict[str, str], shared: Tensors | None, shared_keys: dict[str, str]
+        self,
+        index: int,
+        method: Method,
+        site: Site,
+        held: Tensors,
+        keys: dict[str, str],
+        shared: Tensors | None,
+        shared_keys: dict[str, str],
     ):
         self.index, self.method, self.site = index, method, site
         self.held, self.keys, self.shared, self.shared_keys = held, keys, shared, shared_keys
@@ -512,11 +519,13 @@ def reading(name: str) -> property:
     return property(get)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def adapted_class(base: type, properties: frozenset[str] = frozenset()) -> type:
     """The subclass of `base` that consults adapters; parameters in `properties` are read through them."""
     body: dict[str, Any] = {name: reading(name) for name in sorted(properties)}
-    body.update(forward=adapted_forward(base.forward), __module__=base.__module__, __doc__=base.__doc__, __qualname__=f"Adapted{base.__qualname__}")  # type: ignore[attr-defined]
+    body.update(
+        forward=adapted_forward(base.forward), __module__=base.__module__, __doc__=base.__doc__, __qualname__=f"Adapted{base.__qualname__}"
+    )  # type: ignore[attr-defined]
     return type(f"Adapted{base.__name__}", (Adapted, base), body)
 
 

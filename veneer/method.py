@@ -169,7 +169,9 @@ class Method:
 
     def refuse(self, what: str, site: Site) -> BadValue:
         """A `BadValue` that names method, value and place: `raise self.refuse("r=512 is …; choose …", site)`."""
-        return BadValue(f"{self.label}: {what.replace('{at}', f'at {site.name}')}" if "{at}" in what else f"{self.label}: {what} (at {site.name})")
+        return BadValue(
+            f"{self.label}: {what.replace('{at}', f'at {site.name}')}" if "{at}" in what else f"{self.label}: {what} (at {site.name})"
+        )
 
     @property
     def parts(self) -> tuple[Method, ...]:

@@ -253,7 +253,9 @@ def widened_mask(mask: Tensor | None, visible: Tensor | None, causal: bool, size
     return torch.cat([shown, mask.expand(rows, *mask.shape[1:])], -1)
 
 
-def eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+def eager(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
     """Plain attention [B, H, T, dh] → [B, T, H, dh] and its weights."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -264,7 +266,11 @@ def eager(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attentio
     if kwargs.get("position_bias") is not None:
         scores = scores + kwargs["position_bias"]
     if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min) if attention_mask.dtype == torch.bool else scores + attention_mask
+        scores = (
+            scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+            if attention_mask.dtype == torch.bool
+            else scores + attention_mask
+        )
     weights = F.softmax(scores, -1, dtype=torch.promote_types(torch.float32, scores.dtype)).to(query.dtype)
     dropped = F.dropout(weights, kwargs.get("dropout", 0.0), module.training)
     return (dropped @ value).transpose(1, 2).contiguous(), weights
@@ -341,7 +347,10 @@ def backbone_of(model: nn.Module) -> nn.Module:
     inner = getattr(model, "base_model", None)
     backbone = inner if isinstance(inner, nn.Module) else model
     if not hasattr(backbone, "get_input_embeddings"):
-        raise Unsupported(f"{type(model).__name__} has no get_input_embeddings(), so learned input tokens have no place; use a method that acts on layers.")
+        raise Unsupported(
+            f"{type(model).__name__} has no get_input_embeddings(), so learned input tokens have no place; "
+            "use a method that acts on layers."
+        )
     return backbone
 
 

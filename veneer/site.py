@@ -111,7 +111,7 @@ class Site:
     ordinal: int = 0
 
     @staticmethod
-    def bare(W, kernel: tuple[int, ...] = ()) -> Site:  # noqa: ANN001  (a tensor; this module does not import torch)
+    def bare(W, kernel: tuple[int, ...] = ()) -> Site:
         """The site of a weight [out, in] (or [out, in, *kernel]) outside any model, for tests and for people."""
         inside = 1
         for size in W.shape[1:]:

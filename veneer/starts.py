@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor
@@ -36,10 +36,8 @@ class Started(LowRankMethod):
     rho: float = option(2.0, "eva: a site's largest rank over r", ge=1)
     tau: float = option(0.99, "eva: cosine at which components count as settled", gt=0, le=1)
     whiten: bool = option(False, "eva: divide components by √(singular value)")
-    r: ClassVar[Any]
-    alpha: ClassVar[Any]
-    rslora: ClassVar[Any]
     frozen = ("A0", "B0", "Q")
+    r, alpha, rslora = 8, cast("float | None", None), False  # the method's own hyper-parameters
 
     @property
     def scale(self) -> float:

@@ -140,7 +140,9 @@ def _whole(path: Path, write: Any) -> None:
                 os.unlink(temporary)
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
             reason = getattr(error, "strerror", None) or str(error)
-            raise CannotWrite(f"Could not write {path}: {reason}. What was there before is unchanged; choose a folder with space and write access.") from error
+            raise CannotWrite(
+                f"Could not write {path}: {reason}. What was there before is unchanged; choose a folder with space and write access."
+            ) from error
         raise
 
 
@@ -245,7 +247,9 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, roles
     base = saved.about.get("base", {})
     if base.get("fingerprint") != fingerprint(model):
         warnings.warn(
-            f"{folder}: trained on another shape of base ({base.get('name') or base.get('class')}); every adapted layer fits, the rest differs.", stacklevel=2
+            f"{folder}: trained on another shape of base ({base.get('name') or base.get('class')}); "
+            "every adapted layer fits, the rest differs.",
+            stacklevel=2,
         )
     return tuned
 
@@ -261,7 +265,9 @@ def _local(folder: str | Path) -> Path:
     raise BadFile(f"{folder}: no such folder.")
 
 
-def _plan(model: nn.Module, saved: Saved, roles: Mapping[str, str] | None) -> tuple[list[tuple[Method, list[tuple[Method, Site]], dict[str, str]]], Method]:
+def _plan(
+    model: nn.Module, saved: Saved, roles: Mapping[str, str] | None
+) -> tuple[list[tuple[Method, list[tuple[Method, Site]], dict[str, str]]], Method]:
     """Which method acts at which of the model's sites, with the sites' names in the file."""
     method = parse(saved.about["spec"])
     sites = anatomy.sites(model, roles)
@@ -292,6 +298,7 @@ def _fitting(entry: Mapping[str, Any], here: Mapping[str, Site], model: nn.Modul
         raise Mismatch(f"{saved.folder}: made for {base}; this {type(model).__name__} has no site {name!r}.{nearest(name, here)}")
     if (entry.get("out"), entry.get("in")) != (site.out_features, site.in_features):
         raise Mismatch(
-            f"{saved.folder}: made for {base}; at {site.name} it expects [{entry.get('out')}, {entry.get('in')}], this model has [{site.out_features}, {site.in_features}]."
+            f"{saved.folder}: made for {base}; at {site.name} it expects [{entry.get('out')}, {entry.get('in')}], "
+            f"this model has [{site.out_features}, {site.in_features}]."
         )
     return site

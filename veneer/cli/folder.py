@@ -12,21 +12,54 @@ from veneer.cli.output import existing, table
 from veneer.errors import BadFile
 from veneer.study import format
 
+WEIGHTS = "adapter.safetensors"
 HEADER_LIMIT = 100_000_000
 """Largest header that is read, in bytes: the limit of the safetensors format."""
 
 
 def inspect(folder: Annotated[Path, Argument("FOLDER", "An adapter's folder.")]) -> Any:
     """Show what an adapter's folder holds: method, base model, sites, sizes, training."""
-    existing(folder, "The folder")
-    if (folder / "adapter_config.json").exists():
-        return _foreign(folder)
-    path = existing(folder / "adapter.safetensors", "The adapter")
-    tensors, metadata = header(path)
-    facts = _facts(folder, metadata)
+    facts = facts_of(folder)
+    if "spec" not in facts:
+        return _foreign(folder, facts)
+    path = folder / WEIGHTS
+    tensors, _ = header(path)
     _tell(folder, path, facts, tensors)
     sizes = {name: {"dtype": t["dtype"], "shape": t["shape"]} for name, t in tensors.items()}
     return {**facts, "folder": folder, "bytes": path.stat().st_size, "tensors": sizes}
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What an adapter's folder says of itself: the content of veneer.json, or of PEFT's adapter_config.json under "peft".
+
+    Raises `BadFile` if there is no adapter, or one that is not whole.
+    """
+    existing(folder, "The folder")
+    if not (folder / WEIGHTS).exists() and (folder / "adapter_config.json").exists():
+        config = _json(folder / "adapter_config.json", (folder / "adapter_config.json").read_text("utf-8"))
+        return {"peft": config, "base": {"name": config.get("base_model_name_or_path")}}
+    if not (folder / WEIGHTS).exists():
+        inside = sorted(str(p.parent) for p in folder.glob(f"*/{WEIGHTS}"))[:3]
+        raise BadFile(
+            f"{folder} is not an adapter: it holds no {WEIGHTS}." + (f" Perhaps you mean {' or '.join(inside)}." if inside else "")
+        )
+    _, metadata = header(folder / WEIGHTS)
+    if "veneer" not in metadata:
+        raise BadFile(f"{folder / WEIGHTS}: a safetensors file, but not an adapter of veneer: its header holds no facts.")
+    facts = _json(folder / WEIGHTS, metadata["veneer"])
+    if not isinstance(facts.get("spec"), str):
+        raise BadFile(f"{folder / WEIGHTS}: its header names no method, so this is not an adapter of veneer.")
+    return facts
+
+
+def _json(path: Path, text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise BadFile(f"{path}: its JSON cannot be read ({error}). Copy or save it again.") from error
+    if not isinstance(found, dict):
+        raise BadFile(f"{path}: its JSON is not an object. Copy or save it again.")
+    return found
 
 
 def header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -51,19 +84,6 @@ def header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     return entries, metadata
 
 
-def _facts(folder: Path, metadata: dict[str, str]) -> dict[str, Any]:
-    """veneer.json, or the copy of it in the tensor file where it is missing."""
-    path = folder / "veneer.json"
-    text = path.read_text("utf-8") if path.exists() else metadata.get("veneer", "")
-    try:
-        facts = json.loads(text)
-    except ValueError as error:
-        raise BadFile(f"{path}: not readable as JSON ({error}). The same facts stand in adapter.safetensors; delete the file.") from error
-    if not isinstance(facts, dict) or "spec" not in facts:
-        raise BadFile(f"{path}: holds no method spec, so this is not an adapter of veneer.")
-    return facts
-
-
 def _tell(folder: Path, path: Path, facts: dict[str, Any], tensors: dict[str, Any]) -> None:
     base, training = facts.get("base") or {}, facts.get("training") or {}
     parameters, trained = base.get("parameters"), facts.get("trained")
@@ -81,12 +101,9 @@ def _tell(folder: Path, path: Path, facts: dict[str, Any], tensors: dict[str, An
     table(("role", "kind", "out", "in", "count"), [(*kind, count) for kind, count in kinds.items()], right=(2, 3, 4))
 
 
-def _foreign(folder: Path) -> dict[str, Any]:
+def _foreign(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """An adapter in Hugging Face PEFT's format."""
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-    except ValueError as error:
-        raise BadFile(f"{folder / 'adapter_config.json'}: not readable as JSON ({error}).") from error
+    config = facts["peft"]
     tensors, _ = header(existing(folder / "adapter_model.safetensors", "The adapter"))
     count = sum(_elements(t["shape"]) for t in tensors.values())
     print(f"{folder}\n  format    Hugging Face PEFT, {config.get('peft_type', 'of unknown type')}")

@@ -87,3 +87,12 @@ def _default(card: registry.Card, option: registry.Option, given: dict[str, Any]
     if option.name in given:
         return f"{given[option.name]!r} (given)"
     return f"{card.targets!r}" if option.name == "targets" and option.default is None else repr(option.default)
+
+
+def _count(spec: str, model: str) -> dict[str, Any]:
+    """Trained parameters on a model whose weights are never loaded."""
+    from veneer import anatomy, assets, attach
+
+    summary = attach(anatomy.skeleton(assets.resolve(model)), spec, head=False).summary()
+    print(f"\non {model}: {summary}")
+    return {"model": model, "trained": summary.trained, "total": summary.total, "sites": summary.sites, "roles": summary.roles}

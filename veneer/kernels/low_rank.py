@@ -18,7 +18,7 @@ def reference(x: Tensor, W: Tensor, b: Tensor | None, L: Tensor, R: Tensor) -> T
 
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, W, b, L, R):  # noqa: ANN001
+    def forward(ctx, x, W, b, L, R):
         rows = x.reshape(-1, x.shape[-1])
         y = rows @ W.t() if b is None else torch.addmm(b, rows, W.t())
         t = rows @ R.t()
@@ -28,7 +28,7 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # noqa: ANN001
+    def backward(ctx, grad):
         x, W, L, R, t = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         u = g @ L  # [N, r]
@@ -44,14 +44,14 @@ class _LowRankLinear(torch.autograd.Function):
 
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y, x, L, R):  # noqa: ANN001
+    def forward(ctx, y, x, L, R):
         t = x.reshape(-1, x.shape[-1]) @ R.t()
         ctx.save_for_backward(x, L, R, t)
         return torch.addmm(y.reshape(-1, y.shape[-1]), t, L.t()).view_as(y)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):  # noqa: ANN001
+    def backward(ctx, grad):
         x, L, R, t = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         u = g @ L

@@ -164,7 +164,8 @@ def guess(data: Data) -> str:
     if _first(TEXT_NAMES, columns):
         return "causal-lm"
     raise BadValue(
-        f"{data.source}: no task fits the columns {', '.join(columns)}. Name it with --task ({', '.join(TASKS)}) and the columns with --text, --label."
+        f"{data.source}: no task fits the columns {', '.join(columns)}. "
+        f"Name it with --task ({', '.join(TASKS)}) and the columns with --text, --label."
     )
 
 
@@ -258,5 +259,6 @@ def load_failed(model: str, error: Exception) -> VeneerError:
 
     reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
     return UnknownName(
-        f"The model {model!r} cannot be loaded: {reason}\nGive a model folder, a hub name, or one of {', '.join(MODELS)}.{nearest(model, MODELS)}"
+        f"The model {model!r} cannot be loaded: {reason}\n"
+        f"Give a model folder, a hub name, or one of {', '.join(MODELS)}.{nearest(model, MODELS)}"
     )

@@ -1,0 +1,139 @@
+"""`veneer merge` and `veneer export`: adapters in other forms, each measured against the adapter it came from."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from veneer import registry
+from veneer.cli import base
+from veneer.cli.command import Argument, Flag
+from veneer.cli.folder import facts_of
+from veneer.cli.output import existing
+from veneer.errors import BadFile, BadValue, Unsupported, VeneerError
+from veneer.spec import parse_spec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from veneer.adapt import Tuned
+
+TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+"""Largest difference relative to the largest output that a merge may make, by the dtype of the weights."""
+
+FORMS = ("peft", "veneer", "merged")
+
+
+class Inexact(VeneerError):
+    """A merge or export whose answers differ from the adapter's by more than the tolerance."""
+
+
+def merge(
+    folder: Annotated[Path, Argument("FOLDER", "an adapter's folder")],
+    out: Annotated[Path, Flag("folder for the merged model")],
+    model: Annotated[str | None, Flag("base model, if the adapter does not name it or it has moved")] = None,
+    tolerance: Annotated[float | None, Flag("largest allowed relative difference; by default 1e-4 in float32")] = None,
+) -> Any:
+    """Write the adapter into the model's weights: a plain model that needs no veneer."""
+    return export(folder, out, "merged", model, tolerance)
+
+
+def export(
+    folder: Annotated[Path, Argument("FOLDER", "an adapter's folder")],
+    out: Annotated[Path, Flag("folder to write")],
+    to: Annotated[str, Flag("the form", choices=FORMS)],
+    model: Annotated[str | None, Flag("base model, if the adapter does not name it or it has moved")] = None,
+    tolerance: Annotated[float | None, Flag("largest allowed relative difference; by default 1e-4 in float32")] = None,
+) -> Any:
+    """Write an adapter in another form: Hugging Face PEFT's, veneer's, or merged into the model."""
+    facts = facts_of(folder)
+    _refuse(folder, out, to, facts, tolerance)
+    name = base.base_name(folder, model)
+    tuned = base.reload(folder, model)
+    inputs = base.samples(tuned.model)
+    expected = base.outputs(tuned.model, inputs)
+    allowed = tolerance if tolerance is not None else TOLERANCES.get(_dtype(tuned.model), 1e-4)
+    with _beside(out) as folder_beside:
+        again = {"merged": _merged, "peft": _peft, "veneer": _veneer}[to](tuned, folder_beside, lambda: base.load_base(folder, model))
+        found = base.difference(expected, base.outputs(again, inputs))
+        if not found <= allowed:
+            raise Inexact(
+                f"{folder} as {to}: the answers differ by {found:.1e} of the largest output, more than {allowed:.1e}; nothing was written.\n"
+                f"A base in float32, or a larger --tolerance, lets it pass."
+            )
+        if to == "merged" and (processor := base.processor_of(name)) is not None:
+            processor.save_pretrained(folder_beside)
+        _put(folder_beside, out)
+    print(
+        f"{out}: {to}, read back; largest difference on {len(expected)} sample inputs {found:.1e} of the largest output (allowed {allowed:.1e})."
+    )
+    return {"folder": out, "to": to, "difference": found, "tolerance": allowed, "samples": len(expected), "model": name}
+
+
+def _refuse(folder: Path, out: Path, to: str, facts: dict[str, Any], tolerance: float | None) -> None:
+    """Tells what can be told before torch is imported."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadValue(f"--out {str(out)!r} is there already and not empty. Choose another folder.")
+    if tolerance is not None and not tolerance > 0:
+        raise BadValue(f"--tolerance {tolerance} must be more than 0.")
+    if "spec" not in facts:
+        return
+    for slug, _ in parse_spec(facts["spec"]):
+        card = registry.card(slug)
+        if to == "merged" and "merge" in card.limits:
+            raise Unsupported(
+                f"{folder}: {card.class_name} cannot be merged: {card.limits['merge']}\nServe it as it is, with veneer.load(model, folder)."
+            )
+
+
+def _dtype(model: nn.Module) -> str:
+    return str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
+
+
+def _merged(tuned: Tuned, out: Path, fresh: Callable[[], nn.Module]) -> nn.Module:
+    plain: Any = tuned.merge().detach()
+    plain.save_pretrained(out)
+    return type(plain).from_pretrained(out)
+
+
+def _peft(tuned: Tuned, out: Path, fresh: Callable[[], nn.Module]) -> nn.Module:
+    from veneer.store import load
+    from veneer.tools.peft_format import save_peft
+
+    save_peft(tuned, out)
+    return load(fresh(), out).model
+
+
+def _veneer(tuned: Tuned, out: Path, fresh: Callable[[], nn.Module]) -> nn.Module:
+    from veneer.store import load
+
+    tuned.save(out)
+    return load(fresh(), out).model
+
+
+class _beside:
+    """A temporary folder next to the wanted one, gone at the end: what is written is there whole or not at all."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+
+    def __enter__(self) -> Path:
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self.folder = Path(tempfile.mkdtemp(dir=self.out.parent, prefix=f".{self.out.name}."))
+        except OSError as error:
+            raise BadFile(f"--out {str(self.out)!r} cannot be written: {error.strerror}. Choose another folder.") from error
+        return self.folder
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _put(folder: Path, out: Path) -> None:
+    if out.exists():
+        out.rmdir()
+    folder.chmod(0o755)
+    folder.rename(out)
