@@ -159,12 +159,14 @@ def theirs(base: nn.Module, config: Callable[[], Any]) -> tuple[nn.Module, dict[
     return tuned, facts
 
 
-def measure(base: nn.Module, rounds: int) -> list[dict[str, Any]]:
+def measure(base: nn.Module, rounds: int, only: list[str]) -> list[dict[str, Any]]:
     frozen = copy.deepcopy(base).requires_grad_(False)
     floor = Step(frozen)
     floor_bytes = floor.saved()
     rows = []
     for slug, (spec, config) in pairs().items():
+        if only and slug not in only:
+            continue
         row: dict[str, Any] = {"method": slug}
         steps: dict[str, Step] = {}
         for who, made in (("veneer", ours(base, spec)), ("peft", theirs(base, config) if config else None)):
@@ -212,6 +214,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", nargs="*", default=[], help="methods to run; all unless given")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(options.threads)
@@ -220,7 +223,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {options.threads} thread(s), {platform.machine()}")
     print(f"Llama-shaped, hidden 512 × 4 layers, batch {BATCH}×{LENGTH}, float32, {options.rounds} interleaved rounds, medians\n")
     print(HEAD, flush=True)
-    rows = measure(llama(), options.rounds)
+    rows = measure(llama(), options.rounds, options.only)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n")
 

@@ -14,7 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from veneer import anatomy, prompts, registry
-from veneer.errors import BadValue, UnknownName, Unsupported, VeneerError, nearest
+from veneer.errors import BadValue, NoMatch, UnknownName, Unsupported, VeneerError, nearest
 from veneer.forms import form_of, is_quantised, read_from_outside
 from veneer.layer import LAYERS, Frozen, Part, Slot, Tensors, adapt, compute_dtype, restore, slot_of
 from veneer.method import Method, Params, replaced
@@ -235,6 +235,10 @@ class Tuned:
         try:
             for index, (part, found, source) in enumerate(planned):
                 self._place(adapter, index, part, found, source)
+            if not adapter.trained():
+                raise NoMatch(
+                    f"{adapter.method.label}: the {len(adapter.parts)} sites chosen have nothing to train; choose other targets or another method."
+                )
         except BaseException:
             self._drop(adapter)
             raise
@@ -298,6 +302,8 @@ class Tuned:
             return module, slot_of(module, self.route)
         if site.kind == "branch" and read_from_outside(module):
             module = self.model.get_submodule(site.module.rpartition(".")[0])
+        if site.kind == "linear" and read_from_outside(module):  # the owner routes rows for it
+            adapt(self.model.get_submodule(site.module.rpartition(".")[0]), self.route, ())
         if is_quantised(module):
             _keep_trainable(module)
         self._leave_fast_path(site)

@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,8 @@ class Layer:
         last = self.parameter if self.kind == "parameter" else ""
         if self.parameter in SEPARATE:
             last = self.parameter[0]
-        return ".".join(x for x in (self.node.path, last) if x)
+        fused = self.parameter == "in_proj_weight"
+        return ".".join(x for x in (self.node.path, last) if x) or ("" if fused else self.parameter)
 
 
 @dataclass(eq=False)
@@ -135,17 +137,17 @@ class _Anatomy:
         self.nodes = list(self.root.walk())
         self.tokens = _asked(model, "get_input_embeddings")
         self.output = _asked(model, "get_output_embeddings")
-        self.layers = [layer for node in self.nodes for layer in _layers_of(node, self.tokens)]
+        self.layers = _once([layer for node in self.nodes for layer in _layers_of(node)])
         self.by_node: dict[Node, list[Layer]] = {}
         for layer in self.layers:
             self.by_node.setdefault(layer.node, []).append(layer)
-        self.blocks = self._find_blocks()
-        self.seq_first = _sequence_first(self.nodes)
         for layer in self.layers:
             layer.fixed = self._take_custom(layer)
+        self.blocks = self._find_blocks()
+        self.seq_first = _sequence_first(self.nodes)
         for block in self.blocks:
-            self._study(block.node, block)
-        self._study(self.root, None)
+            self._study(block)
+        self._study(None)
         for layer in self.layers:
             if not layer.roles:
                 layer.roles = (self._outside_role(layer),)
@@ -153,8 +155,9 @@ class _Anatomy:
     # -- blocks ---------------------------------------------------------------------------------------------
 
     def _find_blocks(self) -> list[Block]:
-        attends = {p for n in self.nodes if _attends(n) for p in (n, *n.above())}
-        stacks = _stacks(self.root, attends) or _stacks(self.root, self._computes(), same=True)
+        told = {x.node for x in self.layers if x.roles and x.roles[0].startswith(("attn.", "cross.", "mixer."))}
+        attends = {p for n in self.nodes if n in told or _attends(n) for p in (n, *n.above())}
+        stacks = _stacks(self.root, attends) or self._plain_stacks()
         blocks = [Block(node, i, len(stack)) for stack in stacks for i, node in enumerate(stack)]
         ordered = sorted(blocks, key=lambda b: b.node.side == "decoder")
         for depth, block in enumerate(ordered):
@@ -163,14 +166,16 @@ class _Anatomy:
                 node.block = block
         return blocks
 
-    def _computes(self) -> set[Node]:
-        """Modules with at least two matrices or convolutions beneath them: the blocks of models without attention."""
+    def _plain_stacks(self) -> list[list[Node]]:
+        """The blocks of models without attention: listed at least twice, with two matrices or convolutions or more."""
         count: dict[Node, int] = {}
         for layer in self.layers:
             if layer.kind in ("linear", "conv"):
                 for node in layer.node.above():
                     count[node] = count.get(node, 0) + 1
-        return {node for node, n in count.items() if n > 1}
+        found = _stacks(self.root, {node for node, n in count.items() if n > 1})
+        repeated = {stack[0].cls for stack in found if len(stack) > 1 and len({n.cls for n in stack}) == 1}
+        return [stack for stack in found if {n.cls for n in stack} <= repeated]
 
     # -- roles ----------------------------------------------------------------------------------------------
 
@@ -182,18 +187,19 @@ class _Anatomy:
                 return True
         return False
 
-    def _study(self, node: Node, block: Block | None) -> None:
+    def _study(self, block: Block | None) -> None:
         """Roles of the layers of one block (or of all that lie outside blocks), and its sub-layers."""
-        mine = [x for n in (node.walk() if block else self.nodes) if n.block is block for x in self.by_node.get(n, ())]
+        outer = block.node if block else None
+        mine = [x for n in (outer.walk() if outer else self.nodes) if n.block is block for x in self.by_node.get(n, ())]
         for layer in mine:
-            if not layer.roles and (block or layer.parameter != "weight" or _in_attention(layer.node, node)):
-                layer.roles = _block_roles(layer, node)
-        parts = _attention_parts(mine, node)
+            if not layer.roles and (block or _in_attention(layer.node, None)):
+                layer.roles = _block_roles(layer, outer)
+        parts = _attention_parts(mine, outer)
         if block is None:
-            for part in parts:
-                self._pool(part)
+            for layer in (x for part in parts for x in part.layers):
+                layer.instead = "pooler" if _is_pooler(layer.node) and not layer.fixed else ""
             return
-        _pair_by_shape(mine)
+        _pair_by_shape(mine, block.node)
         block.parts = [*parts, *_mixer_parts(mine), *_mlp_parts(mine)]
         block.hidden = _hidden(block, mine)
         for layer in mine:
@@ -201,11 +207,6 @@ class _Anatomy:
                 self._norm_role(layer, block)
             elif not layer.roles:
                 layer.roles = (self._inside_role(layer),)
-
-    def _pool(self, part: Part) -> None:
-        for layer in part.layers:
-            if names.POOLER.search(layer.node.path) and not layer.fixed:
-                layer.instead = "pooler"
 
     def _inside_role(self, layer: Layer) -> str:
         if layer.kind in ("conv", "parameter", "embedding"):
@@ -226,7 +227,7 @@ class _Anatomy:
             return "embed.patch"
         if names.POSITION.search(node.path) and layer.kind == "conv":
             return "embed.position"
-        if node.block is None and names.POOLER.search(node.path):
+        if node.block is None and _is_pooler(node):
             return "pooler"
         if node.module is self.output or (node.block is None and names.HEAD.search(node.path)):
             return "head"
@@ -259,13 +260,12 @@ class _Anatomy:
     def _norm_role(self, layer: Layer, block: Block) -> None:
         node, parent = layer.node, layer.node.parent
         assert parent is not None
-        part: Part | None = None
         if names.HEAD_NORM.search(node.name):
             layer.roles = ("norm.qk",)
             return
         if parent is block.node:
             role = _block_norm(node, parent)
-            part = next((p for p in block.parts if f"norm.{p.role}" == role), None)
+            part = _closest(node, [p for p in block.parts if f"norm.{p.role}" == role])
             if not role:
                 part = _next_without_norm(node, block)
                 role = f"norm.{part.role}" if part else "norm.other"
@@ -296,7 +296,7 @@ class _Anatomy:
         start = 0
         for role, size in zip(layer.roles, sizes):
             rows = (start, start + size) if len(sizes) > 1 else None
-            name = f"{layer.name}.{role.rsplit('.', 1)[-1]}" if rows else layer.name
+            name = f"{layer.name}.{role.rsplit('.', 1)[-1]}".lstrip(".") if rows else layer.name
             role = self._renamed(name, layer.instead or role)
             site = self._site(layer.node, name=name, role=role, kind=layer.kind, out_features=size, in_features=layer.inside)
             yield replace(site, rows=rows, parameter=layer.parameter, trainable_head=self._trains(role, layer.node), **layer.extra)
@@ -326,12 +326,30 @@ class _Anatomy:
         if width:
             side = "encoder" if any(n.side for n in self.nodes) else ""
             first = self.blocks[0].node if self.blocks else self.root
-            add(self.root, node=self.root, name="input", role="model", kind="model", width=width, side=side, batch_dim=self._batch_dim(first))
+            add(
+                self.root,
+                node=self.root,
+                name="input",
+                role="model",
+                kind="model",
+                width=width,
+                side=side,
+                batch_dim=self._batch_dim(first),
+            )
         for block in self.blocks:
             add(block.node, node=block.node, name=block.node.path, role="block", kind="block", width=block.hidden)
             for part, label in _labelled(block.parts):
                 name = f"{block.node.path}.{label}"
-                add(block.node, node=part.end, name=name, role=part.role, kind="branch", width=block.hidden, entry=part.entry.path, post=part.post)
+                add(
+                    block.node,
+                    node=part.end,
+                    name=name,
+                    role=part.role,
+                    kind="branch",
+                    width=block.hidden,
+                    entry=part.entry.path,
+                    post=part.post,
+                )
         for block in self.blocks:
             for part in (p for p in block.parts if p.core):
                 shape = dict(heads=part.heads, kv_heads=part.kv_heads, head_dim=part.head_dim, causal=self._causal(part))
@@ -354,7 +372,9 @@ class _Anatomy:
             return False
         if getattr(core.module, "is_causal", False) is True or any(names.CAUSAL_PARENT.search(n.cls.__name__) for n in core.above()):
             return True
-        return core.side == "decoder" and not isinstance(getattr(core.module, "is_causal", None), bool)
+        return (core.side == "decoder" or "ForCausalLM" in self.root.cls.__name__) and not isinstance(
+            getattr(core.module, "is_causal", None), bool
+        )
 
     def _trains(self, role: str, node: Node) -> bool:
         if role != "head" or node.module is self.output or names.LANGUAGE_HEAD.search(node.path):
@@ -375,8 +395,8 @@ class _Anatomy:
 
 def plain_class(module: nn.Module) -> type:
     """The class a module had before the frame, FSDP2 or torch's parametrisations swapped it."""
-    swapped = ("Adapted", "FSDP", "Parametrized")
-    return next(c for c in type(module).__mro__ if not c.__name__.startswith(swapped))
+    classes = type(module).__mro__
+    return next((c for c in classes if not c.__name__.startswith(names.SWAPPED) and c is not nn.Module), classes[0])
 
 
 def _grow(model: nn.Module) -> Node:
@@ -413,7 +433,7 @@ def _is_spare(key: str, module: nn.Module, parent: nn.Module) -> bool:
 def _asked(model: nn.Module, question: str) -> nn.Module | None:
     try:
         answer = getattr(model, question)()
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError, TypeError):
         return None
     return answer if isinstance(answer, nn.Module) else None
 
@@ -426,16 +446,15 @@ def _before_stack(node: Node) -> bool:
     return any(item.block and item.block.node is item for c in beside for item in c.children.values())
 
 
-def _stacks(node: Node, wanted: set[Node], same: bool = False) -> list[list[Node]]:
-    """The innermost lists whose items are wanted: of one class, or all of them wanted (unless `same`)."""
-    inner = [stack for child in node.children.values() for stack in _stacks(child, wanted, same)]
+def _stacks(node: Node, wanted: set[Node]) -> list[list[Node]]:
+    """The innermost lists of one class with a wanted item, or of several classes with all items wanted."""
+    inner = [stack for child in node.children.values() for stack in _stacks(child, wanted)]
     if inner or not isinstance(node.module, (nn.ModuleList, nn.Sequential)):
         return inner
     items = list(node.children.values())
     alike = len({i.cls for i in items}) == 1
-    some, every = any(i in wanted for i in items), all(i in wanted for i in items)
-    whole = every and (len(items) > 1 or not same) if alike else every and not same
-    return [items] if items and (whole or (alike and some and not same)) else []
+    found = [i in wanted for i in items]
+    return [items] if (any(found) if alike else found and all(found)) else []
 
 
 def _attends(node: Node) -> bool:
@@ -470,14 +489,26 @@ def _of_block(node: Node) -> dict[str, Any]:
 
 def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(out, in) of a linear layer of whatever make; quantised weights have other shapes, so the attributes count."""
-    if plain_class(module).__name__ == "Conv1D":
+    if plain_class(module).__name__ == "Conv1D" and hasattr(module, "nf"):
         return int(module.nf), int(module.weight.shape[0])  # type: ignore[arg-type, union-attr, index]
     out, inside = getattr(module, "out_features", None), getattr(module, "in_features", None)
-    linear = isinstance(out, int) and isinstance(inside, int) and all(k in SKIPPED for k in module._modules)
-    return (out, inside) if linear else None  # type: ignore[return-value]
+    leaf = bool(module._parameters or module._buffers) and all(k in SKIPPED for k in module._modules)
+    return (out, inside) if leaf and isinstance(out, int) and isinstance(inside, int) else None
 
 
-def _layers_of(node: Node, tokens: nn.Module | None) -> list[Layer]:
+def _once(layers: list[Layer]) -> list[Layer]:
+    """Leaves out bare parameters that another layer or an earlier module holds too."""
+    seen = {id(p) for x in layers if x.kind != "parameter" for p in x.node.module._parameters.values()}
+    kept = []
+    for layer in layers:
+        own = id(layer.node.module._parameters.get(layer.parameter))
+        if layer.kind != "parameter" or own not in seen:
+            kept.append(layer)
+            seen.add(own)
+    return kept
+
+
+def _layers_of(node: Node) -> list[Layer]:
     module = node.module
     if isinstance(module, nn.MultiheadAttention):
         return _multihead(node, module)
@@ -547,19 +578,22 @@ def _key(node: Node) -> str:
     return f"{node.parent.name}.{node.name}" if node.name.isdigit() and node.parent else node.name
 
 
-def _scope(node: Node, outer: Node) -> Iterator[Node]:
-    """The modules between a layer and its block."""
+def _scope(node: Node, outer: Node | None) -> Iterator[Node]:
+    """The modules between a layer and its block (None: the modules above a layer outside blocks)."""
     for n in node.above():
         if n is outer:
             return
         yield n
 
 
-def _in_attention(node: Node, outer: Node) -> bool:
-    return any(names.ATTENTION_SCOPE.search(n.name) or names.ATTENTION_SCOPE.search(n.cls.__name__) for n in _scope(node, outer))
+def _in_attention(node: Node, outer: Node | None) -> bool:
+    above = _scope(node, outer)
+    return isinstance(node.module, nn.MultiheadAttention) or any(
+        names.ATTENTION_SCOPE.search(n.name) or names.ATTENTION_SCOPE.search(n.cls.__name__) for n in above
+    )
 
 
-def _block_roles(layer: Layer, outer: Node) -> tuple[str, ...]:
+def _block_roles(layer: Layer, outer: Node | None) -> tuple[str, ...]:
     node, key = layer.node, _key(layer.node)
     if layer.parameter == "in_proj_weight":
         return ("attn.q", "attn.k", "attn.v")
@@ -624,10 +658,10 @@ def _gate_last(holder: Node | None) -> bool | None:
     return told if isinstance(told, bool) else bool(names.UP_THEN_GATE.search(holder.cls.__name__)) or None
 
 
-def _pair_by_shape(layers: list[Layer]) -> None:
+def _pair_by_shape(layers: list[Layer], outer: Node) -> None:
     """Names no table knows: a widening layer and the narrowing one after it are a feed-forward network."""
-    unknown = [x for x in layers if x.kind == "linear" and not x.roles]
-    for a, b in zip(unknown, unknown[1:]):
+    unknown = [x for x in layers if x.kind == "linear" and not x.roles and not _in_attention(x.node, outer)]
+    for a, b in pairwise(unknown):
         if a.out == b.inside and a.inside == b.out and a.out > a.inside:
             a.roles, b.roles = ("mlp.up",), ("mlp.down",)
 
@@ -635,7 +669,7 @@ def _pair_by_shape(layers: list[Layer]) -> None:
 # -- sub-layers ---------------------------------------------------------------------------------------------
 
 
-def _attention_parts(layers: list[Layer], outer: Node) -> list[Part]:
+def _attention_parts(layers: list[Layer], outer: Node | None) -> list[Part]:
     """Attention modules: the holders of the query, key and value projections, each with its output projection."""
     cores: dict[Node, list[Layer]] = {}
     for layer in layers:
@@ -643,14 +677,14 @@ def _attention_parts(layers: list[Layer], outer: Node) -> list[Part]:
             holder = layer.node if layer.node.cls is nn.MultiheadAttention else layer.node.parent or layer.node
             cores.setdefault(holder, []).append(layer)
     ends = {_nearest_core(x.node, list(cores)): x for x in reversed(layers) if x.roles in (("attn.o",), ("cross.o",)) and cores}
-    parts = []
+    parts: list[Part] = []
     for core, inputs in cores.items():
         cross = any(x.roles[0].startswith("cross.") for x in inputs) or _is_cross(core, outer, second=bool(parts))
         end = ends.get(core)
         mine = [*inputs, end] if end else inputs
         for layer in (x for x in mine if cross and not x.fixed):
             layer.roles = tuple(r.replace("attn.", "cross.") for r in layer.roles)
-        queries = [x for x in inputs if {"q", "qkv"} & {r[-3:].strip(".").split(".")[-1] for r in x.roles}]
+        queries = [x for x in inputs if any(r.endswith((".q", ".qkv")) for r in x.roles)]
         first = (queries or inputs)[0].node
         last = core if core.cls is nn.MultiheadAttention else end.node if end else core
         part = Part("cross" if cross else "attn", mine, first, last, core)
@@ -670,13 +704,15 @@ def _nearest_core(node: Node, cores: list[Node]) -> Node:
     return max(cores, key=shared)
 
 
-def _is_cross(core: Node, outer: Node, second: bool) -> bool:
+def _is_cross(core: Node, outer: Node | None, second: bool) -> bool:
+    """What the module says of itself, else its names; some names mean it only in a block's second attention."""
     told = getattr(core.module, "is_cross_attention", None)
-    path = core.within(outer) + " " + " ".join(n.cls.__name__ for n in (core, *_scope(core, outer)))
-    if isinstance(told, bool) and told:
+    path = core.within(outer) if outer else core.path
+    if told is not True and second and names.CROSS_IF_SECOND.search(path):
         return True
-    by_name = bool(names.CROSS.search(path)) and not (told is False)
-    return by_name or (second and bool(names.CROSS_IF_SECOND.search(core.within(outer))))
+    if isinstance(told, bool):
+        return told
+    return bool(names.CROSS.search(" ".join([path, *(n.cls.__name__ for n in (core, *_scope(core, outer)))])))
 
 
 def _measure(part: Part, inputs: list[Layer]) -> None:
@@ -687,7 +723,7 @@ def _measure(part: Part, inputs: list[Layer]) -> None:
     width = _number(module, config, names.HEAD_DIM)
     heads = _number(module, config, names.HEADS)
     kv = _number(module, config, names.KV_HEADS)
-    single = {x.roles[0][-1]: x.out for x in inputs if len(x.roles) == 1 and not x.roles[0].endswith("qkv")}
+    single = {role[-1]: size for x in inputs for role, size in zip(x.roles, _sizes(x))}
     fused = next((x for x in inputs if len(x.roles) == 3 or x.roles[0].endswith("qkv")), None)
     if fused is not None:
         width = width or (fused.out // (heads + 2 * (kv or heads)) if heads else 0)
@@ -695,11 +731,11 @@ def _measure(part: Part, inputs: list[Layer]) -> None:
             kv = kv if kv and kv < (heads or fused.out // width) else fused.out // width // 3
             heads = fused.out // width - 2 * kv
             if len(fused.roles) == 3:
-                fused.sizes = (heads * width, kv * width, kv * width)
+                fused.sizes = tuple(width * (heads if r.endswith(".q") else kv) for r in fused.roles)
     else:
         q, k = single.get("q", 0), single.get("k", 0)
         width = width or (q // heads if heads else 0)
-        heads = q // width if width and q else heads
+        heads = heads or (q // width if width else 0)
         kv = k // width if width and k else kv or heads
     part.heads, part.kv_heads, part.head_dim = heads, kv or heads, width
 
@@ -725,17 +761,25 @@ def _mlp_parts(layers: list[Layer]) -> list[Part]:
     if experts is not None:
         inside = [x for x in layers if experts in x.node.above() and x.roles]
         parts.append(Part("mlp", inside, experts, experts))
-    group: list[Layer] = []
-    for layer in layers:
-        if not layer.roles or not layer.roles[0].startswith("mlp.") or (experts and experts in layer.node.above()):
-            continue
-        group.append(layer)
-        roles = {x.roles[0] for x in group}
-        if "mlp.down" in roles and len(roles) > 1 and not _opens_later(layer, layers):
-            down = next(x for x in group if x.roles == ("mlp.down",))
-            parts.append(Part("mlp", group, next(x for x in group if x is not down).node, down.node))
-            group = []
+    rest = [x for x in layers if x.roles and x.roles[0].startswith("mlp.") and experts not in list(x.node.above())]
+    for group in _mlp_groups(rest):
+        down = next(x for x in group if "mlp.down" in x.roles)
+        parts.append(Part("mlp", group, next(x for x in group if x is not down).node, down.node))
     return parts
+
+
+def _mlp_groups(layers: list[Layer]) -> list[list[Layer]]:
+    """Layers that make one network: up to its last projection, with what the same module holds beyond it."""
+    groups: list[list[Layer]] = []
+    for layer in layers:
+        last = groups[-1] if groups else []
+        taken = {r for x in last for r in x.roles}
+        full = "mlp.down" in taken and len(taken) > 1
+        if last and (not full or (layer.node.parent is last[0].node.parent and not taken & set(layer.roles))):
+            last.append(layer)
+        else:
+            groups.append([layer])
+    return [g for g in groups if len(g) > 1 and any("mlp.down" in x.roles for x in g)]
 
 
 def _expert_holder(layers: list[Layer]) -> Node | None:
@@ -744,14 +788,6 @@ def _expert_holder(layers: list[Layer]) -> Node | None:
             holder = next((n for n in layer.node.above() if "experts" in n.children), layer.node.parent)
             return holder
     return None
-
-
-def _opens_later(layer: Layer, layers: list[Layer]) -> bool:
-    """Whether the same module holds a further first projection (gates registered after the output)."""
-    after = layers[layers.index(layer) + 1 :]
-    return any(x.node.parent is layer.node.parent and x.roles and x.roles[0] in ("mlp.up", "mlp.gate") for x in after) and bool(layer.node.parent) and (
-        layer.node.parent is not layer.node.block.node if layer.node.block else False
-    )
 
 
 def _labelled(parts: list[Part]) -> Iterator[tuple[Part, str]]:
@@ -765,11 +801,13 @@ def _labelled(parts: list[Part]) -> Iterator[tuple[Part, str]]:
 
 
 def _hidden(block: Block, layers: list[Layer]) -> int:
+    """The width of the block's stream: what its sub-layers read, else its norms or its first layer."""
     entries = {p.entry for p in block.parts}
     widths = [x.inside for x in layers if x.node in entries and x.kind == "linear"]
-    widths += [x.out for x in layers if x.kind == "norm"] + [x.inside for x in layers if x.kind == "linear"]
-    convs = [x.node.module.in_channels for x in layers if x.kind == "conv"]
-    return int((widths if block.parts else convs + widths or widths or [0])[0]) if widths or convs else 0
+    widths += [x.out for x in layers if x.kind == "norm" and x.node.parent is block.node]
+    widths += [int(x.node.module.in_channels) for x in layers if x.kind == "conv"]  # type: ignore[arg-type]
+    widths += [x.inside for x in layers if x.kind == "linear"]
+    return widths[0] if widths else 0
 
 
 # -- norms --------------------------------------------------------------------------------------------------
@@ -790,6 +828,17 @@ def _next_without_norm(node: Node, block: Block) -> Part | None:
     open_parts = sorted((p for p in block.parts if f"norm.{p.role}" not in told), key=lambda p: order[p.role])
     place = [n for n in norms if not _block_norm(n, block.node)].index(node) if node in norms else 0
     return open_parts[place] if place < len(open_parts) else None
+
+
+def _closest(node: Node, parts: list[Part]) -> Part | None:
+    """Of several sub-layers of one role, the one that runs next to the norm."""
+    called = calls(_parent(node).cls, tuple(_parent(node).children))
+
+    def distance(part: Part) -> int:
+        at = [called.index(c) for c in _pieces(part, _parent(node)) if c in called]
+        return min((abs(i - called.index(node.name)) for i in at), default=len(called)) if node.name in called else 0
+
+    return min(parts, key=distance, default=None)
 
 
 def _is_inner(node: Node, part: Part) -> bool:
@@ -883,7 +932,9 @@ def _check_roles(custom: Mapping[str, str]) -> None:
     for key, wanted in custom.items():
         for role in wanted.split() or [wanted]:
             if role not in ROLES:
-                raise UnknownName(f"roles: {role!r}, given for {key!r}, is no role.{nearest(role, ROLES) or ' Roles: ' + ', '.join(ROLES) + '.'}")
+                raise UnknownName(
+                    f"roles: {role!r}, given for {key!r}, is no role.{nearest(role, ROLES) or ' Roles: ' + ', '.join(ROLES) + '.'}"
+                )
 
 
 def _named(key: str, name: str) -> bool:
@@ -893,6 +944,10 @@ def _named(key: str, name: str) -> bool:
         return re.fullmatch(key, name) is not None
     except re.error:
         return False
+
+
+def _is_pooler(node: Node) -> bool:
+    return bool(names.POOLER.search(node.path)) or any(names.POOLER_CLASS.search(n.cls.__name__) for n in node.above())
 
 
 def _is_position(name: str) -> bool:
@@ -905,46 +960,36 @@ def _is_position(name: str) -> bool:
 def layout(model: nn.Module, roles: Mapping[str, str] | None = None) -> str:
     """The model as a tree of roles with shapes [out, in], in plain text; equal blocks in a row are shown once."""
     found = sites(model, roles)
-    lines = [plain_class(model).__name__]
-    shown: set[str] = set()
-    groups = _runs(found)
-    for head, inner, times, last in groups:
-        if head is None:
-            lines += [_line(s, s.name, 1) for s in inner if s.kind != "model"]
-            continue
-        where = head.name if times == 1 else f"{head.name} … {last}"
-        lines.append(f"  block × {times}  {where}  width {head.out_features}")
-        lines += [_line(s, s.name.removeprefix(head.name + "."), 2) for s in inner]
-        shown.add(head.name)
-    return "\n".join(lines)
+    inner: dict[int | None, list[Site]] = {}
+    for site in found:
+        inner.setdefault(site.depth, []).append(site)
+    lines, run = [plain_class(model).__name__], list[Site]()
+    for site in found:
+        if site.depth is None and site.kind != "model":
+            lines += [*_shown(run, inner), _line(site, site.name, 1)]
+            run = []
+        elif site.kind == "block":
+            if run and (site.index == 0 or _outline(inner[site.depth]) != _outline(inner[run[-1].depth])):
+                lines += _shown(run, inner)
+                run = []
+            run.append(site)
+    return "\n".join([*lines, *_shown(run, inner)])
 
 
-def _runs(found: list[Site]) -> list[tuple[Site | None, list[Site], int, str]]:
-    """Sites outside blocks and runs of equal blocks: (block, its sites, how many, name of the last)."""
-    heads = {s.depth: s for s in found if s.kind == "block"}
-    out: list[tuple[Site | None, list[Site], int, str]] = []
-    inner: dict[int, list[Site]] = {}
-    for s in found:
-        if s.depth is not None and s.kind != "block":
-            inner.setdefault(s.depth, []).append(s)
-    for s in found:
-        if s.depth is None:
-            if out and out[-1][0] is None:
-                out[-1][1].append(s)
-            else:
-                out.append((None, [s], 1, ""))
-        elif s.kind == "block":
-            mine = inner.get(s.depth, [])
-            before = out[-1] if out else None
-            if before and before[0] and _outline(before[1], before[0]) == _outline(mine, s) and before[0].length == s.length and s.index:
-                out[-1] = (before[0], before[1], before[2] + 1, s.name)
-            else:
-                out.append((heads[s.depth], mine, 1, s.name))
-    return out
+def _shown(run: list[Site], inner: Mapping[int | None, list[Site]]) -> list[str]:
+    """The lines of equal blocks in a row."""
+    if not run:
+        return []
+    first, last = run[0], run[-1]
+    where = first.name if len(run) == 1 else f"{first.name} … {last.name}"
+    head = f"  block × {len(run)}  {where}  width {first.out_features}"
+    return [head, *(_line(s, s.name.removeprefix(first.name + "."), 2) for s in inner[first.depth] if s is not first)]
 
 
-def _outline(inner: list[Site], block: Site) -> list[tuple[Any, ...]]:
-    return [(s.name.removeprefix(block.name), s.role, s.kind, s.out_features, s.in_features, s.rows, s.post, s.causal) for s in inner]
+def _outline(members: list[Site]) -> list[tuple[Any, ...]]:
+    """What two equal blocks have in common."""
+    block = next(s.name for s in members if s.kind == "block")
+    return [(s.name.removeprefix(block), s.role, s.kind, s.out_features, s.in_features, s.rows, s.post, s.causal) for s in members]
 
 
 def _line(site: Site, name: str, level: int) -> str:
@@ -982,7 +1027,9 @@ def skeleton(name_or_path: str) -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadFile(f"{name_or_path!r} gives no model configuration: {reason}\nGive a folder with config.json or a model's name.") from error
+        raise BadFile(
+            f"{name_or_path!r} gives no model configuration: {reason}\nGive a folder with config.json or a model's name."
+        ) from error
     named = next((getattr(transformers, a) for a in config.architectures or () if hasattr(transformers, a)), None)
     with torch.device("meta"):
         return named(config) if named else transformers.AutoModel.from_config(config)

@@ -19,7 +19,7 @@ ATTENTION_IN = _table(
 )
 """Last name of a projection that attention reads through → which one it is."""
 
-ATTENTION_OUT = set("o o_proj out_proj out_lin to_out to_out.0 proj projection c_proj dense out wo Wo output linear_out".split())
+ATTENTION_OUT = _table(o="o o_proj out_proj out_lin to_out to_out.0 proj projection c_proj dense out wo Wo output linear_out")
 """Names of the output projection; they count only inside an attention module."""
 
 ATTENTION_SCOPE = re.compile(r"attn|attention", re.IGNORECASE)
@@ -31,10 +31,12 @@ CAUSAL_PARENT = re.compile(r"^(X?CLIP|CLIPSeg|MetaClip2?|OwlViT|Owlv2)Text")
 """Models that are causal although their attention modules do not say so."""
 
 MLP = _table(
-    up="fc1 fc_in up_proj wi wi_1 c_fc dense_h_to_4h lin1 linear1 intermediate_dense w3 proj_mlp ffn net.0.proj intermediate.dense intermediate_query.dense",
+    up="fc1 fc_in up_proj wi wi_1 c_fc dense_h_to_4h lin1 linear1 intermediate_dense w3 proj_mlp ffn net.0.proj"
+    " intermediate.dense intermediate_query.dense",
     gate="gate_proj wi_0 w1",
     gate_up="gate_up_proj Wi weights_in w12",
-    down="fc2 fc_out down_proj wo Wo c_proj dense_4h_to_h lin2 linear2 output_dense w2 weights_out ffn_output net.2 output.dense output_query.dense",
+    down="fc2 fc_out down_proj wo Wo c_proj dense_4h_to_h lin2 linear2 output_dense w2 weights_out ffn_output net.2"
+    " output.dense output_query.dense",
 )
 """Last names of the layers of a feed-forward network."""
 
@@ -73,11 +75,14 @@ HEAD_NORM = re.compile(r"(^|_)(q|k|query|key)_?(norm|ln|layer_?norm)$|^norm_(add
 INNER_NORM = re.compile(r"sub_?norm|sub_?ln|inner")
 
 PATCH = re.compile(r"patch_?emb|feature_projection|conv_proj|embeddings\.projection|PatchEmbed", re.IGNORECASE)
-TOKEN = re.compile(r"(^|\.)(word_embeddings?|wte|tok_embeddings|token_embeddings?|token_embedding|embed_tokens|embed_in|shared|embeddings)(\.\d+)?$")
+TOKEN = re.compile(
+    r"(^|\.)(word_embeddings?|wte|tok_embeddings|token_embeddings?|token_embedding|embed_tokens|embed_in|shared|embeddings)(\.\d+)?$"
+)
 POSITION = re.compile(r"position|pos_emb|wpe|pos_conv")
 NOT_POSITION = re.compile(r"rel|bias|token_type")
 EMBEDDING_SCOPE = re.compile(r"embed|(^|\.)emb(\.|$)")
 POOLER = re.compile(r"(^|\.)(pooler|pool|attn_pool)(\.|$)|(text|vision)_model\.head(\.|$)")
+POOLER_CLASS = re.compile(r"(Pooler|Pooling|PoolingHead)$")
 HEAD = re.compile(
     r"(^|\.)(lm_heads?|heads?|\w*head|classifier|\w*_classifier|score|qa_outputs|fc|embed_out|projector|cls|vocab_(transform|projector)"
     r"|output_projection|\w*predictions)(\.|$)"
@@ -95,3 +100,6 @@ PRE_NORM_FLAGS = ("norm_first", "do_layer_norm_before", "normalize_before", "pre
 HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
 HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim", "head_size", "dim_head")
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "kv_heads")
+
+SWAPPED = ("Adapted", "FSDP", "Parametrized")
+"""How the names of classes begin that stand in for a module's own."""

@@ -269,6 +269,11 @@ class Slot(nn.Module):
         """Whether parameters are read through the class's properties instead of a call of this layer."""
         return any(type(f).__name__ == "ParameterForm" for f in self.forms.values())
 
+    def read_by(self, module: nn.Module) -> list[Slot]:
+        """The slots whose parameters the module reads itself: its own, and those of layers it never calls."""
+        below = (child._modules.get("veneer") for child in module.children())
+        return [s for s in (self, *below) if isinstance(s, Slot) and s.by_property]
+
     # -- running --------------------------------------------------------------------------------------------
 
     def run(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -280,8 +285,8 @@ class Slot(nn.Module):
         if self.entries:
             for name in self.entries:
                 self.route.captured[name] = args[0] if place is None else kwargs[place]
-        if self.by_property:
-            y = self.run_owner(module, args, kwargs)
+        if read := self.read_by(module):
+            y = self.run_owner(module, args, kwargs, read)
         elif self.forms:
             x = args[0] if place is None else kwargs[place]
             rest, options = (args[1:], kwargs) if place is None else (args, {k: v for k, v in kwargs.items() if k != place})
@@ -318,21 +323,23 @@ class Slot(nn.Module):
             at = rows[1]
         return torch.cat([*pieces, y[..., at:]], -1)
 
-    def run_owner(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+    def run_owner(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], read: Sequence[Slot]) -> Any:
         if self.route.rows is None:
             return self.frozen(module, *args, **kwargs)
         size = next(a.shape[self.batch_dim] for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
         device = next(a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
         results, indices = [], []
         for active, index in self.route.groups(size, device):
-            self.only = active
+            for slot in read:
+                slot.only = active
             try:
                 picked = [take_rows(a, index, size, self.batch_dim) for a in args]
                 options = {k: take_rows(v, index, size, self.batch_dim) for k, v in kwargs.items()}
                 results.append(self.frozen(module, *picked, **options))
                 indices.append(index)
             finally:
-                self.only = None
+                for slot in read:
+                    slot.only = None
         return join_rows(results, indices, [len(i) for i in indices], self.batch_dim)
 
     def run_branches(self, module: nn.Module, output: Any) -> Any:

@@ -354,15 +354,21 @@ def backbone_of(model: nn.Module) -> nn.Module:
     return backbone
 
 
+def read_tokens(module: nn.Module) -> None:
+    """Raises `Unsupported` for a module that reads images, sound or anything else than tokens."""
+    if not isinstance(module.get_input_embeddings(), nn.Embedding):  # type: ignore[operator]
+        raise Unsupported(f"{type(module).__name__} does not read token ids, so learned input tokens have no place in it.")
+
+
 def install_tokens(model: nn.Module, causal: bool) -> nn.Module:
     """Adapts the backbone (of encoder-decoders: the encoder, and the decoder's view of it); returns the adapted module."""
     backbone = backbone_of(model)
     config = getattr(model, "config", None)
     if not getattr(config, "is_encoder_decoder", False):
+        read_tokens(backbone)
         return install(backbone, model, Backbone(backbone, causal))
     encoder, decoder = backbone.get_encoder(), backbone.get_decoder()  # type: ignore[operator]
-    if not isinstance(encoder.get_input_embeddings(), nn.Embedding):
-        raise Unsupported(f"{type(encoder).__name__} does not read token ids, so learned input tokens have no place in it.")
+    read_tokens(encoder)
     install(encoder, model, Backbone(encoder, False, keeps=True))
     install(decoder, model, Backbone(decoder, True, encoder=encoder.veneer))
     return encoder

@@ -171,6 +171,8 @@ def choose(sites: Sequence[Site], targets: str, *, kinds: Sequence[str], who: st
 
 def _no_match(token: str, usable: Sequence[Site], who: str) -> str:
     roles = sorted({s.role for s in usable})
+    if not roles:
+        return f"{who}: target {token!r} matches no site: the model has no layer of a kind this method can use."
     names = {s.name for s in usable} | {s.name.rsplit(".", 1)[-1] for s in usable}
-    have = f"The model has the roles {', '.join(roles)}." if roles else "The model has no layer of a kind this method can use."
-    return f"{who}: target {token!r} matches no site.{nearest(token, [*roles, *ROLES, *names])}\n{have}"
+    near = "" if token in ROLES else nearest(token, [*ROLES, *names])
+    return f"{who}: target {token!r} matches no site.{near}\nThe model has the roles {', '.join(roles)}."

@@ -54,7 +54,9 @@ class Started(LowRankMethod):
     def check(self, site: Site) -> None:
         most = min(site.in_features, site.out_features)
         if self.start in ("pissa", "olora", "loftq", "eva") and self.r > most:
-            raise self.refuse(f"start={self.start!r} needs r ≤ min(in, out) = {most}, not r={self.r}, {{at}}; lower r or choose 'kaiming'.", site)
+            raise self.refuse(
+                f"start={self.start!r} needs r ≤ min(in, out) = {most}, not r={self.r}, {{at}}; lower r or choose 'kaiming'.", site
+            )
         if self.start in ("loftq", "eva") and site.kind != "linear":
             raise self.refuse(f"start={self.start!r} is for linear layers, not for the {site.kind} {{at}}; choose start='kaiming'.", site)
 
@@ -160,9 +162,7 @@ def quantised(W: Tensor, bits: int = 4, block: int = 64, spacing: str = "normal"
     return (levels[code] * peak).view(-1)[: len(flat)].view_as(W)
 
 
-def loftq(
-    W: Tensor, r: int, scale: float, bits: int = 4, iterations: int = 1, spacing: str = "normal"
-) -> tuple[Tensor, Tensor, Tensor]:
+def loftq(W: Tensor, r: int, scale: float, bits: int = 4, iterations: int = 1, spacing: str = "normal") -> tuple[Tensor, Tensor, Tensor]:
     """Q [out, in], A [r, in], B [out, r] with Q + scale · B A near W (arXiv:2310.08659).
 
     More iterations do not always come nearer, so the nearest iterate is kept.

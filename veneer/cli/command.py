@@ -6,6 +6,7 @@ Built on argparse because a start has to take less than 0.3 s, parser and all.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import itertools
 import types
@@ -34,6 +35,17 @@ class Flag:
     metavar: str | None = None
     name: str | None = None
     choices: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """On `**settings`: every field of a dataclass made with `veneer.option` is a flag; only those given arrive, as text.
+
+    The dataclass checks them itself, so that a flag and a line in a file are refused in the same words.
+    """
+
+    of: type
+    without: tuple[str, ...] = ()
 
 
 COMMON = {
@@ -66,7 +78,10 @@ def parser(name: str, function: Callable[..., Any]) -> Parser:
     hints = typing.get_type_hints(function, include_extras=True)
     for parameter in inspect.signature(function).parameters.values():
         kind, said = typing.get_args(hints[parameter.name])[:2]
-        _add(built, parameter, kind, said)
+        if isinstance(said, Settings):
+            _add_settings(built, said)
+        else:
+            _add(built, parameter, kind, said)
     for dest, flag in COMMON.items():
         built.add_argument(flag.name or f"--{dest}", dest=dest, action="store_true", help=flag.help)
     return built
@@ -102,6 +117,38 @@ def _add(built: Parser, parameter: inspect.Parameter, kind: Any, said: Argument 
         default=None if needed else parameter.default,
         help=help + shown,
     )
+
+
+def _add_settings(built: Parser, said: Settings) -> None:
+    for field in dataclasses.fields(said.of):
+        if field.name in said.without:
+            continue
+        name, kind = "--" + field.name.replace("_", "-"), str(field.type)
+        help = field.metadata["help"].replace("%", "%%")
+        plain = field.default is None or field.default == "" or isinstance(field.default, bool)
+        shown = "" if plain else f" (default {field.default})"
+        if kind == "bool":
+            flag, on = (f"--no-{name[2:]}", False) if field.default else (name, True)
+            text = f"do not {help}" if field.default else help
+            built.add_argument(flag, dest=field.name, action="store_const", const=on, default=argparse.SUPPRESS, help=text)
+            continue
+        choices = field.metadata.get("choices")
+        built.add_argument(
+            name,
+            dest=field.name,
+            metavar="|".join(str(c).lower() for c in choices) if choices else _METAVARS.get(kind.partition(" ")[0], "TEXT"),
+            type=_switch if kind.startswith("bool") else str,
+            default=argparse.SUPPRESS,
+            help=help + shown,
+        )
+
+
+_METAVARS = {"int": "N", "float": "X"}
+
+
+def _switch(text: str) -> bool | str:
+    """true and false as such, other words as they are."""
+    return {"true": True, "false": False}.get(text.lower(), text)
 
 
 def _parts(kind: Any) -> tuple[bool, Any]:

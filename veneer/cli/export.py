@@ -12,7 +12,6 @@ from veneer import registry
 from veneer.cli import base
 from veneer.cli.command import Argument, Flag
 from veneer.cli.folder import facts_of
-from veneer.cli.output import existing
 from veneer.errors import BadFile, BadValue, Unsupported, VeneerError
 from veneer.spec import parse_spec
 
@@ -61,15 +60,13 @@ def export(
         found = base.difference(expected, base.outputs(again, inputs))
         if not found <= allowed:
             raise Inexact(
-                f"{folder} as {to}: the answers differ by {found:.1e} of the largest output, more than {allowed:.1e}; nothing was written.\n"
-                f"A base in float32, or a larger --tolerance, lets it pass."
+                f"{folder} as {to}: the answers differ by {found:.1e} of the largest output, more than {allowed:.1e}.\n"
+                f"Nothing was written. A base in float32, or a larger --tolerance, lets it pass."
             )
         if to == "merged" and (processor := base.processor_of(name)) is not None:
             processor.save_pretrained(folder_beside)
         _put(folder_beside, out)
-    print(
-        f"{out}: {to}, read back; largest difference on {len(expected)} sample inputs {found:.1e} of the largest output (allowed {allowed:.1e})."
-    )
+    print(f"{out}: {to}; read back, its answers differ by {found:.1e} of the largest output at most (allowed {allowed:.1e}).")
     return {"folder": out, "to": to, "difference": found, "tolerance": allowed, "samples": len(expected), "model": name}
 
 

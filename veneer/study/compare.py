@@ -23,7 +23,6 @@ from veneer.spec import parse_spec
 from veneer.study import format as show
 from veneer.study import report
 from veneer.study.stats import best_index, indistinguishable
-from veneer.study.worker import plain
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -99,7 +98,7 @@ def compare(
         out: folder of `study.json`, `report.html`, the PNGs and one folder a run.
         references: specs shown first, as what the others have to beat.
         facts: (name, text) lines added to the report.
-        metric: which metric decides; the task's first one unless given.
+        metric: which metric decides; the task's main one unless given.
         again: trains also what is finished.
         progress: whether runs show progress bars.
     Raises:
@@ -108,6 +107,8 @@ def compare(
     """
     folder = Path(out)
     plan = _plan(recipes, specs, folder, tuple(references))
+    for recipe in plan:
+        recipe.check()
     outcomes: list[dict[str, Any]] = []
     study = Study(folder, {})
     for done, recipe in enumerate(plan):
@@ -131,7 +132,7 @@ def gather(
 ) -> dict[str, Any]:
     """The study's data from finished runs: the untouched base first, then the references, then the others as given."""
     good = [o for o in outcomes if "error" not in o]
-    chosen = metric or next(iter(good[0]["metrics"]), "accuracy") if good else metric or "accuracy"
+    chosen = metric or (good[0]["main"] if good else "accuracy")
     firsts = set(references)
     names = labels([r.method for r in recipes])
     rows: list[dict[str, Any]] = [
@@ -190,7 +191,9 @@ def _plan(recipes: Recipe | Sequence[Recipe], specs: Sequence[str] | None, folde
     if specs is not None:
         if isinstance(recipes, Sequence):
             raise BadValue("compare: `specs` goes with one recipe; give either several recipes or one recipe and several specs.")
-        plan = [dataclasses.replace(recipes, method=spec) for spec in (*references, *(s for s in specs if s not in references))]
+        ordered = [*references, *(s for s in specs if s not in references)]
+        # The untouched base is the same for all; it is measured with the first.
+        plan = [dataclasses.replace(recipes, method=spec, base=recipes.base and i == 0) for i, spec in enumerate(ordered)]
     else:
         plan = list(recipes) if isinstance(recipes, Sequence) else [recipes]
     if not plan:
@@ -217,7 +220,7 @@ def _run(recipe: Recipe, *, again: bool, progress: bool) -> dict[str, Any]:
         result = Path(work) / "result.json"
         request = Path(work) / "request.json"
         request.write_text(
-            json.dumps({"recipe": plain(recipe), "again": again, "progress": progress, "result": str(result)}), encoding="utf-8"
+            json.dumps({"recipe": recipe.settings, "again": again, "progress": progress, "result": str(result)}), encoding="utf-8"
         )
         code = _wait(subprocess.Popen([sys.executable, "-m", "veneer.study.worker", str(request)], process_group=0))
         if code in (130, -signal.SIGINT):

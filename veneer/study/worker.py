@@ -6,7 +6,6 @@ The request holds `recipe` (its fields), `again`, `progress` and `result`, the f
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
@@ -14,7 +13,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 from veneer.errors import VeneerError
 from veneer.study.report import replace_text
@@ -31,25 +29,14 @@ def main(request_file: str) -> int:
 
         outcome = train(Recipe(**request["recipe"]), again=request["again"], progress=request["progress"])
     except VeneerError as error:
+        if error.code == 130:
+            print(error, file=sys.stderr)
         replace_text(result, json.dumps({"error": str(error), "code": error.code}))
         return error.code
     except KeyboardInterrupt:
         return 130
-    replace_text(result, json.dumps(plain(outcome)))
+    replace_text(result, json.dumps(outcome.as_json()))
     return 0
-
-
-def plain(value: Any) -> Any:
-    """Dataclasses, paths and tuples as JSON has them."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if isinstance(value, Path):
-        return str(value)
-    return value.item() if hasattr(value, "item") else value
 
 
 def _end_with_parent() -> None:

@@ -43,7 +43,6 @@ class AdaLoRA(LowRankMethod):
     t_f: int | None = option(None, "steps at the end with the ranks fixed", ge=0)
     delta_T: int = option(1, "steps between two maskings", ge=1)
     T: int | None = option(None, "all optimiser steps", ge=1)
-    score: str = option("smoothed", "importance of a triplet", choices=("smoothed", "sensitivity", "magnitude"))
 
     default_targets = "attn.q attn.k attn.v attn.o attn.qkv cross.q cross.k cross.v cross.o mlp.up mlp.gate mlp.down"
     aliases = {
@@ -87,4 +86,4 @@ class AdaLoRA(LowRankMethod):
         return p["P"] * (self.scale * p["lambda"]), p["Q"]
 
     def strategy(self) -> Strategy:
-        return RankBudget(self.budget, self.T, self.target_r, self.beta1, self.beta2, self.gamma, self.score)
+        return RankBudget(self.budget, self.T, self.target_r, self.beta1, self.beta2, self.gamma)

@@ -21,13 +21,11 @@ class WeGeFT(WeightMethod):
     """W_eff = W + s · (W phiᵀ) psi = W (I + s · phiᵀ psi), s = alpha / r; y = (x + s (x psiᵀ) phi) Wᵀ + b
 
     Pick it for LoRA's speed and memory with 10 to 50 times fewer parameters: one pair serves all layers of a kind.
-    Not where every layer needs a change of its own in a large budget. The output side is ours: W_eff = (I + s phiᵀ psi) W.
+    Not where a large budget is free. transform="output" (ours): W_eff = (I + s phiᵀ psi) W with both [r, out].
 
-    Tensors, one pair per tie group: phi [r, in], zeros; psi [r, in], Kaiming-uniform(√5): starts as the base
-    (start="phi_random" the other way round). transform="output": both [r, out].
+    Tensors, one pair per tie group: phi [r, in], zeros; psi [r, in], Kaiming-uniform(√5) (or the other way round): the base.
 
     Args:
-        share: "type": one pair for all layers of a role; "all": one for all; "none": a pair per layer.
         positions: (k, l) edits only the first k and last l tokens; it cannot be merged then.
     """
 
@@ -35,10 +33,9 @@ class WeGeFT(WeightMethod):
     alpha: float | None = option(None, "scale numerator; None means r; 2 r in the authors' runs", gt=0)
     dropout: float = option(0.0, "dropout on the weight the generator reads, in training", ge=0, lt=1)
     start: str = option("psi_random", "which of the two maps starts random", choices=("psi_random", "phi_random"))
-    share: str = option("type", "which layers share a pair", choices=("type", "all", "none"))
+    share: str = option("type", "one pair for all layers of a role, for all, or for each", choices=("type", "all", "none"))
     transform: str = option("input", "side of the layer that is edited", choices=("input", "output"))
     positions: tuple[int, int] | None = option(None, "numbers of first and last tokens that are edited; None: all")
-
     default_targets = "attn.q attn.v attn.qkv cross.q cross.v"
     aliases = {"init": "start", "transform_dim": "transform", "rank": "r"}
 
@@ -58,24 +55,22 @@ class WeGeFT(WeightMethod):
 
     def check(self, site: Site) -> None:
         if self.positions is not None and site.kind != "linear":
-            raise self.refuse(f"positions need a linear layer that reads tokens, not the {site.kind} {{at}}; leave positions out.", site)
+            raise self.refuse(f"positions are for linear layers, not for the {site.kind} {{at}}.", site)
 
     def tie(self, site: Site) -> str | None:
-        if self.share == "type":  # without a role, the module's own name tells its type
-            return f"other.{site.name.rsplit('.', 1)[-1]}" if site.role == "other" else site.role
-        return "all" if self.share == "all" else None
+        kind = site.role if site.role != "other" else f"other.{site.name.rsplit('.', 1)[-1]}"  # without a role: by name
+        return {"type": kind, "all": "all", "none": None}[self.share]
 
     def init(self, site: Site, generator: Generator) -> Params:
         return self.init_shared([site], generator) if self.share == "none" else {}
 
     def init_shared(self, sites: Sequence[Site], generator: Generator) -> Params:
-        widths = [s.in_features if self.transform == "input" else s.out_features for s in sites]
-        for site, width in zip(sites, widths):
-            if width != widths[0]:
-                what = f"{sites[0].name} and {site.name} share a pair but have {widths[0]} and {width} {self.transform} features"
-                raise BadValue(f"WeGeFT: {what}; choose share='none' or other targets.")
-        drawn, other = ("psi", "phi") if self.start == "psi_random" else ("phi", "psi")
-        return {drawn: kaiming_uniform((self.r, widths[0]), generator), other: zeros((self.r, widths[0]))}
+        (first, width), *rest = [(s.name, s.in_features if self.transform == "input" else s.out_features) for s in sites]
+        for name, other in (pair for pair in rest if pair[1] != width):
+            what = f"{first} and {name} share a pair but have {width} and {other} {self.transform} features"
+            raise BadValue(f"WeGeFT: {what}; choose share='none' or other targets.")
+        pair = kaiming_uniform((self.r, width), generator), zeros((self.r, width))
+        return dict(zip(("psi", "phi") if self.start == "psi_random" else ("phi", "psi"), pair))
 
     def factors(self, W: Tensor, p: Params) -> tuple[Tensor, Tensor]:
         """L [out, r], R [r, in] with L R the change generated from W."""
@@ -85,22 +80,21 @@ class WeGeFT(WeightMethod):
     def weight(self, W: Tensor, p: Params, site: Site | None = None) -> Tensor:
         if self.positions is not None:
             raise Unsupported(f"WeGeFT: {self.limits['merge']}.")
-        L, R = self.factors(W, p)
-        return W + (L @ R).reshape(W.shape)
+        return W + torch.matmul(*self.factors(W, p)).reshape(W.shape)
 
     def edit(self, h: Tensor, p: Params, site: Site) -> Tensor:
         """s (h psiᵀ) phi, at the chosen tokens."""
         change = linear(linear(h, p["psi"].to(h.dtype)), (self.scale * p["phi"].T).to(h.dtype))
-        if self.positions is None:
-            return change
-        axis = 0 if site.batch_dim else h.ndim - 2
-        at = torch.arange(h.shape[axis], device=h.device)
-        at = (at < self.positions[0]) | (at >= len(at) - self.positions[1])
-        return change * at.reshape(-1, *(1,) * (h.ndim - 1 - axis))
+        if self.positions is not None:
+            axis = 0 if site.batch_dim else h.ndim - 2  # the tokens'
+            at = torch.arange(h.shape[axis], device=h.device)
+            at = (at < self.positions[0]) | (at >= len(at) - self.positions[1])
+            change = change * at.reshape(-1, *(1,) * (h.ndim - 1 - axis))
+        return change
 
     def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
         plain = site.kind == "linear" and not self.dropout
-        if plain and self.transform == "output":
+        if plain and self.transform == "output":  # the bias is not edited
             y, b = call(x), call.bias()
             return y + self.edit(y if b is None else y - b.to(y.dtype), p, site)
         if plain and (self.positions is not None or site.rows is None):  # no weight is read, nothing of its size is made

@@ -1,0 +1,28 @@
+"""`veneer train`: one run, from a recipe or from flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from veneer.cli.command import Argument, Flag, Settings
+from veneer.train.recipe import Recipe
+
+
+def train(
+    recipe: Annotated[Path | None, Argument("RECIPE.yaml", "a recipe; flags override what stands there")] = None,
+    again: Annotated[bool, Flag("start anew, also if the run is finished or was interrupted")] = False,
+    **settings: Annotated[Any, Settings(Recipe)],
+) -> Any:
+    """Adapt a model to data. The same command goes on with an interrupted run."""
+    plan = plan_of(recipe, settings)
+    from veneer.train.run import train as run
+
+    return run(plan, again=again, progress=True).as_json()
+
+
+def plan_of(recipe: Path | None, settings: dict[str, Any]) -> Recipe:
+    """The recipe, with everything about it checked that needs no torch: settings, spec, model, data."""
+    plan = Recipe.read(recipe, settings) if recipe else Recipe.of(settings)
+    plan.check()
+    return plan
