@@ -14,12 +14,12 @@ import subprocess
 import sys
 import time
 from html.parser import HTMLParser
-from itertools import combinations
+from itertools import combinations, pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from veneer.errors import BadValue, MissingExtra, UnknownName
@@ -59,7 +59,7 @@ SAMPLE = study(
 def test_wilson_holds_the_proportion_and_stays_a_proportion(case):
     right, n = case
     low, high = stats.wilson(right, n)
-    assert 0 <= low <= right / n <= high <= 1
+    assert 0 <= low <= right / n + 1e-12 and right / n - 1e-12 <= high <= 1
     more_low, more_high = stats.wilson(10 * right, 10 * n)
     assert more_high - more_low < high - low
 
@@ -69,6 +69,7 @@ def test_wilson_agrees_with_printed_values():
     assert stats.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
 
 
+@settings(deadline=None)  # the first call imports scipy
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=60))
 def test_mcnemar_is_the_exact_sign_test_of_the_pairs_that_differ(pairs):
     binomtest = pytest.importorskip("scipy.stats").binomtest
@@ -89,7 +90,7 @@ def test_holm_only_raises_and_keeps_the_order(ps):
     adjusted = stats.holm(ps)
     assert all(p <= a <= 1 for p, a in zip(ps, adjusted))
     order = sorted(range(len(ps)), key=lambda i: ps[i])
-    assert all(adjusted[a] <= adjusted[b] for a, b in zip(order, order[1:]))
+    assert all(adjusted[a] <= adjusted[b] for a, b in pairwise(order))
 
 
 def test_bootstrap_holds_the_mean_and_repeats():
@@ -160,7 +161,7 @@ def test_spread_keeps_the_order_and_the_gap(wanted):
     placed = svg.spread(wanted, 13, 0, 200)
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     gap = min(13, 200 / max(len(wanted) - 1, 1))
-    assert all(placed[b] - placed[a] >= gap - 1e-6 for a, b in zip(order, order[1:]))
+    assert all(placed[b] - placed[a] >= gap - 1e-6 for a, b in pairwise(order))
     assert all(-1e-6 <= p <= 200 + 1e-6 for p in placed)
 
 
@@ -224,7 +225,7 @@ def test_sixty_methods_stay_under_a_megabyte_and_readable():
     for r in many["rows"]:
         r["curve"] = [{"step": s, "loss": 1 / (s + 1), "value": s / 3000} for s in range(3000)]
     text = report.page(many)
-    assert len(text.encode()) < report.MOST_BYTES
+    assert len(text.encode()) < 1_000_000
     styles = [charts.style_of(i) for i in range(56)]
     assert len(set(styles)) == 56, "colour and mark together name a method"
 
@@ -294,7 +295,8 @@ def outcome(recipe, right: int) -> dict:
     return {
         "folder": recipe.out, "method": recipe.method, "main": "accuracy", "trained": 10, "total": 1000, "metrics": {"accuracy": metric},
         "base_metrics": base, "seconds": 3.0, "seconds_per_step": 0.1, "peak_memory": 10**8, "adapter_bytes": 4000,
-        "correct": [True] * right + [False] * (400 - right), "curve": [{"step": 1, "loss": 0.7, "lr": 1e-3}, {"step": 1, "eval_accuracy": 0.6}],
+        "correct": [True] * right + [False] * (400 - right),
+        "curve": [{"step": 1, "loss": 0.7, "lr": 1e-3}, {"step": 1, "eval_accuracy": 0.6}],
     }  # fmt: skip
 
 
@@ -304,7 +306,7 @@ def runs(monkeypatch):
     table: dict = {"probe": 300, "lora(r=2)": 340, "lora(r=4)": 338, "ssf": {"error": "NaN loss at step 3."}}
     started = []
 
-    def run(recipe, *, again, progress):
+    def run(recipe, *, again, progress, command):
         started.append(recipe)
         found = table[recipe.method]
         if isinstance(found, BaseException):
@@ -375,7 +377,8 @@ def test_a_run_ends_when_its_parent_is_killed(tmp_path):
     child = "import sys,time\nfrom veneer.study.worker import _end_with_parent\n_end_with_parent()\n" + (
         "try:\n time.sleep(60)\nexcept KeyboardInterrupt:\n open(sys.argv[1], 'w').close()"
     )
-    parent = f"import subprocess,sys,time\nsubprocess.Popen([sys.executable,'-c',{child!r},sys.argv[1]],process_group=0)\nprint('ready',flush=True)\ntime.sleep(3)"
+    start = f"subprocess.Popen([sys.executable, '-c', {child!r}, sys.argv[1]], process_group=0)"
+    parent = f"import subprocess, sys, time\n{start}\ntime.sleep(3)"
     ended = tmp_path / "ended"
     subprocess.run([sys.executable, "-c", parent, str(ended)], cwd=ROOT, timeout=60)
     limit = time.monotonic() + 30

@@ -25,16 +25,16 @@ class Subject:
     """A model family under test.
 
     Args:
-        make: builds the model with that many blocks. feed: an input batch of `ROWS` rows for a generator.
+        make: builds the model with that many blocks of that width. feed: an input batch of `ROWS` rows for a generator.
     """
 
     name: str
-    make: Callable[[int], nn.Module]
+    make: Callable[..., nn.Module]
     feed: Callable[[torch.Generator], dict[str, Tensor]]
 
-    def build(self, dtype: torch.dtype = torch.float64, depth: int = 2) -> nn.Module:
+    def build(self, dtype: torch.dtype = torch.float64, depth: int = 2, width: int = WIDTH) -> nn.Module:
         """A fresh copy of the model in evaluation mode."""
-        return copy.deepcopy(_built(self.name, dtype, depth))
+        return copy.deepcopy(_built(self.name, dtype, depth, width))
 
     def batch(self, seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         fed = self.feed(torch.Generator().manual_seed(seed))
@@ -78,10 +78,10 @@ def spread(model: nn.Module, seed: int = 1) -> nn.Module:
 
 
 @functools.cache
-def _built(name: str, dtype: torch.dtype, depth: int) -> nn.Module:
+def _built(name: str, dtype: torch.dtype, depth: int, width: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = spread(SUBJECTS[name].make(depth)).to(dtype).eval()
+        model = spread(SUBJECTS[name].make(depth, width)).to(dtype).eval()
     if dtype == torch.float64:
         _exact_norms(model)
     return model
@@ -107,42 +107,42 @@ def tokens(generator: torch.Generator) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def llama(depth: int = 2, **changes: Any) -> nn.Module:
+def llama(depth: int = 2, width: int = WIDTH, **changes: Any) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     options: dict[str, Any] = dict(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=depth, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=depth, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=False, use_cache=False,
         pad_token_id=0, bos_token_id=1, eos_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(**options | changes))
 
 
-def gpt2(depth: int = 2, **changes: Any) -> nn.Module:
+def gpt2(depth: int = 2, width: int = WIDTH, **changes: Any) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     options: dict[str, Any] = dict(
-        vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=depth, n_head=4, n_positions=64, use_cache=False,
+        vocab_size=VOCABULARY, n_embd=width, n_layer=depth, n_head=4, n_positions=64, use_cache=False,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, pad_token_id=0, bos_token_id=1, eos_token_id=None,
     )  # fmt: skip
     return GPT2LMHeadModel(GPT2Config(**options | changes))
 
 
-def bert(depth: int = 2, **changes: Any) -> nn.Module:
+def bert(depth: int = 2, width: int = WIDTH, **changes: Any) -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
     options: dict[str, Any] = dict(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=depth, num_attention_heads=4,
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=depth, num_attention_heads=4,
         max_position_embeddings=64, num_labels=LABELS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return BertForSequenceClassification(BertConfig(**options | changes))
 
 
-def t5(depth: int = 2, **changes: Any) -> nn.Module:
+def t5(depth: int = 2, width: int = WIDTH, **changes: Any) -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
     options: dict[str, Any] = dict(
-        vocab_size=VOCABULARY, d_model=WIDTH, d_ff=32, d_kv=4, num_heads=4, num_layers=depth, num_decoder_layers=depth,
+        vocab_size=VOCABULARY, d_model=width, d_ff=2 * width, d_kv=width // 4, num_heads=4, num_layers=depth, num_decoder_layers=depth,
         dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0, eos_token_id=None, use_cache=False,
     )  # fmt: skip
     return T5ForConditionalGeneration(T5Config(**options | changes))
@@ -155,11 +155,11 @@ def images(generator: torch.Generator) -> dict[str, Tensor]:
     return {"pixel_values": torch.empty(ROWS, 3, 8, 8).normal_(generator=generator)}
 
 
-def vit(depth: int = 2, **changes: Any) -> nn.Module:
+def vit(depth: int = 2, width: int = WIDTH, **changes: Any) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
     options: dict[str, Any] = dict(
-        image_size=8, patch_size=4, hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=depth, num_attention_heads=4,
+        image_size=8, patch_size=4, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=depth, num_attention_heads=4,
         num_labels=LABELS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     return ViTForImageClassification(ViTConfig(**options | changes))
@@ -181,8 +181,9 @@ class Residual(nn.Module):
 class ConvNet(nn.Module):
     """A small residual network: stem, blocks, mean over the picture, head."""
 
-    def __init__(self, depth: int, width: int = 8):
+    def __init__(self, depth: int = 2, width: int = WIDTH):
         super().__init__()
+        width //= 2
         self.stem = nn.Conv2d(3, width, 3, stride=2, padding=1)
         self.blocks = nn.ModuleList([Residual(width, 1 + i % 2) for i in range(depth)])
         self.fc = nn.Linear(width, LABELS)
@@ -198,8 +199,8 @@ def hidden(generator: torch.Generator) -> dict[str, Tensor]:
     return {"src": torch.empty(ROWS, LENGTH, WIDTH).normal_(generator=generator)}
 
 
-def encoder(depth: int = 2) -> nn.Module:
-    layer = nn.TransformerEncoderLayer(WIDTH, 4, 32, dropout=0.0, batch_first=True)
+def encoder(depth: int = 2, width: int = WIDTH) -> nn.Module:
+    layer = nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True)
     return nn.TransformerEncoder(layer, depth)
 
 

@@ -232,6 +232,8 @@ class Tuned:
 
     def add(self, adapter: Adapter, planned: Sequence[tuple[Method, Sequence[tuple[Method, Site]], Source]]) -> Tuned:
         """Places an adapter's parts (method, its sites, where its tensors come from), all or none, and activates it."""
+        for module in self.model.modules():
+            _keep_trainable(module)
         try:
             for index, (part, found, source) in enumerate(planned):
                 self._place(adapter, index, part, found, source)
@@ -304,8 +306,6 @@ class Tuned:
             module = self.model.get_submodule(site.module.rpartition(".")[0])
         if site.kind == "linear" and read_from_outside(module):  # the owner routes rows for it
             adapt(self.model.get_submodule(site.module.rpartition(".")[0]), self.route, ())
-        if is_quantised(module):
-            _keep_trainable(module)
         self._leave_fast_path(site)
         return module, adapt(module, self.route, [site])
 
@@ -728,9 +728,18 @@ def _cast(tensor: Tensor, like: Tensor, module: nn.Module) -> Tensor:
 
 
 def _keep_trainable(module: nn.Module) -> None:
-    """Some CPUs repack bitsandbytes 4-bit weights at the first evaluation, after which gradients stop silently: prevent it."""
-    if hasattr(module, "support_avx512bf16_for_cpu"):
-        module.support_avx512bf16_for_cpu = False
+    """Some CPUs repack bitsandbytes 4-bit weights at the first evaluation, after which gradients stop silently: prevent or undo it."""
+    if not hasattr(module, "support_avx512bf16_for_cpu"):
+        return
+    module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    weight: Any = module.weight
+    state = getattr(weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpacked
+
+        weight.data, weight.quant_state = unpacked(weight.data, state)
+        if not weight.quant_state.nested:  # left in the packed order there
+            weight.quant_state.absmax = weight.quant_state.absmax.T.reshape(-1).float()
 
 
 __all__ = ["Adapter", "Source", "Summary", "Tuned", "attach", "of"]

@@ -12,7 +12,7 @@ import math
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -298,8 +298,8 @@ class _Anatomy:
             rows = (start, start + size) if len(sizes) > 1 else None
             name = f"{layer.name}.{role.rsplit('.', 1)[-1]}".lstrip(".") if rows else layer.name
             role = self._renamed(name, layer.instead or role)
-            site = self._site(layer.node, name=name, role=role, kind=layer.kind, out_features=size, in_features=layer.inside)
-            yield replace(site, rows=rows, parameter=layer.parameter, trainable_head=self._trains(role, layer.node), **layer.extra)
+            facts = {"rows": rows, "parameter": layer.parameter, "trainable_head": self._trains(role, layer.node), **layer.extra}
+            yield self._site(layer.node, name=name, role=role, kind=layer.kind, out_features=size, in_features=layer.inside, **facts)
             start += size
 
     def _renamed(self, name: str, role: str) -> str:
@@ -319,8 +319,8 @@ class _Anatomy:
                 facts["name"] += "." + facts["kind"]
             taken.add(facts["name"])
             node = facts.pop("node")
-            site = self._site(node, out_features=width, in_features=width, **facts)
-            out.setdefault(at.path, []).append(replace(site, **_of_block(at)))
+            site = self._site(node, out_features=width, in_features=width, **{**_of_block(at), **facts})
+            out.setdefault(at.path, []).append(site)
 
         width = getattr(self.tokens, "embedding_dim", 0) or (self.blocks[0].hidden if self.blocks else 0)
         if width:

@@ -7,34 +7,33 @@ from typing import TYPE_CHECKING, Any
 
 from veneer.cli.folder import facts_of
 from veneer.errors import BadFile, BadValue
+from veneer.train.outcome import RUN_FILE
+from veneer.train.recipe import check_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from veneer.adapt import Tuned
-
 
 def base_name(folder: Path, model: str | None) -> str:
     """Folder or hub name of the adapter's base model: what the user says, else what the adapter remembers."""
-    name = model or (facts_of(folder).get("base") or {}).get("name")
+    facts = facts_of(folder)
+    name = model or (facts.get("training") or {}).get("model") or (facts.get("base") or {}).get("name")
     if not name:
         raise BadValue(f"{folder} does not say which model it was made for. Name it with --model.")
+    check_model(str(name))
     return str(name)
 
 
-def reload(folder: Path, model: str | None = None) -> Tuned:
-    """The base model with the adapter of this folder on it, ready to answer.
-
-    Raises `BadValue` if the base is not known, `VeneerError`s if it cannot be loaded or does not fit.
-    """
-    import veneer
-
-    base = load_base(folder, model)
-    return veneer.load(base, folder)
-
-
 def load_base(folder: Path, model: str | None = None) -> nn.Module:
-    """The base model in the class and with the head shape that the adapter was made for."""
+    """The base model in the class and with the head shape that the adapter was made for.
+
+    Raises `VeneerError`s if it is not known or cannot be loaded.
+    """
+    run = folder.parent
+    if model is None and (run / RUN_FILE).is_file():
+        from veneer.train.use import rebuild
+
+        return rebuild(run, adapter=False)[0]
     import transformers
 
     from veneer.assets import resolve
@@ -90,9 +89,11 @@ def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     import torch
 
     model.eval()
+    first = next(p for p in model.parameters() if p.is_floating_point())
+    placed = {k: v.to(first.device, first.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
     with torch.no_grad():
-        found: Any = model(**inputs)
-    return (found.logits if hasattr(found, "logits") else found[0]).float()
+        found: Any = model(**placed)
+    return (found.logits if hasattr(found, "logits") else found[0]).float().cpu()
 
 
 def difference(first: Tensor, second: Tensor) -> float:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from veneer import registry
 from veneer.cli import base
 from veneer.cli.command import Argument, Flag
-from veneer.cli.folder import facts_of
+from veneer.cli.folder import adapter_folder, facts_of
 from veneer.errors import BadFile, BadValue, Unsupported, VeneerError
 from veneer.spec import parse_spec
 
@@ -48,10 +48,12 @@ def export(
     tolerance: Annotated[float | None, Flag("largest allowed relative difference; by default 1e-4 in float32")] = None,
 ) -> Any:
     """Write an adapter in another form: Hugging Face PEFT's, veneer's, or merged into the model."""
-    facts = facts_of(folder)
-    _refuse(folder, out, to, facts, tolerance)
+    folder = adapter_folder(folder)
+    _refuse(folder, out, to, facts_of(folder), tolerance)
     name = base.base_name(folder, model)
-    tuned = base.reload(folder, model)
+    from veneer.store import load
+
+    tuned = load(base.load_base(folder, model), folder)
     inputs = base.samples(tuned.model)
     expected = base.outputs(tuned.model, inputs)
     allowed = tolerance if tolerance is not None else TOLERANCES.get(_dtype(tuned.model), 1e-4)
@@ -93,7 +95,7 @@ def _dtype(model: nn.Module) -> str:
 def _merged(tuned: Tuned, out: Path, fresh: Callable[[], nn.Module]) -> nn.Module:
     plain: Any = tuned.merge().detach()
     plain.save_pretrained(out)
-    return type(plain).from_pretrained(out)
+    return type(plain).from_pretrained(out, dtype=plain.dtype)
 
 
 def _peft(tuned: Tuned, out: Path, fresh: Callable[[], nn.Module]) -> nn.Module:

@@ -19,6 +19,7 @@ HEADER_LIMIT = 100_000_000
 
 def inspect(folder: Annotated[Path, Argument("FOLDER", "An adapter's folder.")]) -> Any:
     """Show what an adapter's folder holds: method, base model, sites, sizes, training."""
+    folder = adapter_folder(folder)
     facts = facts_of(folder)
     if "spec" not in facts:
         return _foreign(folder, facts)
@@ -29,12 +30,18 @@ def inspect(folder: Annotated[Path, Argument("FOLDER", "An adapter's folder.")])
     return {**facts, "folder": folder, "bytes": path.stat().st_size, "tensors": sizes}
 
 
+def adapter_folder(folder: Path) -> Path:
+    """The adapter's folder, also from that of the run that made it. Raises `BadFile` if there is nothing."""
+    existing(folder, "The folder")
+    inside = folder / "adapter"
+    return inside if (inside / WEIGHTS).exists() and not (folder / WEIGHTS).exists() else folder
+
+
 def facts_of(folder: Path) -> dict[str, Any]:
     """What an adapter's folder says of itself: the content of veneer.json, or of PEFT's adapter_config.json under "peft".
 
     Raises `BadFile` if there is no adapter, or one that is not whole.
     """
-    existing(folder, "The folder")
     if not (folder / WEIGHTS).exists() and (folder / "adapter_config.json").exists():
         config = _json(folder / "adapter_config.json", (folder / "adapter_config.json").read_text("utf-8"))
         return {"peft": config, "base": {"name": config.get("base_model_name_or_path")}}
@@ -94,11 +101,21 @@ def _tell(folder: Path, path: Path, facts: dict[str, Any], tensors: dict[str, An
     print(f"  file      {format.size(path.stat().st_size)}, {len(tensors)} tensors ({dtypes})")
     print(f"  written   by veneer {facts.get('veneer', 'of unknown version')}")
     for name, value in training.items():
-        print(f"  {name:<9} {json.dumps(value, ensure_ascii=False) if isinstance(value, dict | list) else value}")
+        print(f"  {name:<9} {_said(value)}")
     sites = facts.get("sites") or []
     kinds = Counter((s["role"], s["kind"], s["out"], s["in"]) for s in sites)
     print(f"\n{len(sites)} sites")
     table(("role", "kind", "out", "in", "count"), [(*kind, count) for kind, count in kinds.items()], right=(2, 3, 4))
+
+
+def _said(value: Any) -> str:
+    """A training fact on one line; metrics with their intervals."""
+    if not isinstance(value, dict):
+        return str(value)
+    metrics = {k: v for k, v in value.items() if isinstance(v, dict) and {"value", "low", "high"} <= set(v)}
+    if metrics:
+        return ", ".join(f"{k} {v['value']:.4g} [{v['low']:.4g}, {v['high']:.4g}]" for k, v in metrics.items())
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _foreign(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:

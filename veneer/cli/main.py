@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return OK
     except VeneerError as error:
         return fail(error, sys.stdout if "--json" in args else None)
+    quiet()
     as_json, debug = given.pop("as_json"), given.pop("debug")
     return answer(lambda: function(**given), as_json, debug)
 
@@ -53,6 +54,14 @@ def command(name: str) -> Callable[..., Any]:
     if name not in COMMANDS:
         raise UnknownName(f"There is no command {name!r}.{nearest(name, COMMANDS)} `veneer --help` lists them all.")
     return getattr(importlib.import_module(f"veneer.cli.{COMMANDS[name]}"), name)
+
+
+def quiet() -> None:
+    """Keeps reports of libraries about themselves off the screen."""
+    import logging
+
+    for library in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def overview() -> str:

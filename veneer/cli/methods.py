@@ -68,6 +68,10 @@ def show(
     (slug, given), *more = parse_spec(method)
     if more:
         raise BadValue("`veneer show` explains one method; give them one by one. `veneer train` takes several joined by +.")
+    if model is not None:
+        from veneer.train.recipe import check_model
+
+        check_model(model)
     card = registry.card(slug)
     source = ", ".join(str(part) for part in (card.year, card.arxiv and f"arXiv:{card.arxiv}") if part)
     print(f"{card.title} ({card.slug}, {card.family}){f' · {source}' if source else ''}\n{card.summary}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,21 @@ def train(
     plan = plan_of(recipe, settings)
     from veneer.train.run import train as run
 
-    return run(plan, again=again, progress=True).as_json()
+    outcome = run(plan, again=again, progress=True, command=typed(recipe, settings))
+    print(f"To use it: veneer predict {shlex.quote(str(outcome.folder))} INPUT …")
+    return outcome.as_json()
+
+
+def typed(recipe: Path | None, settings: dict[str, Any]) -> str:
+    """The command that goes on with this run."""
+    words = ["veneer", "train", *([str(recipe)] if recipe else [])]
+    for name, value in settings.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool) and name != "head":
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", str(value)]
+    return shlex.join(words)
 
 
 def plan_of(recipe: Path | None, settings: dict[str, Any]) -> Recipe:

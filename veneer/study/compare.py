@@ -85,6 +85,7 @@ def compare(
     metric: str | None = None,
     again: bool = False,
     progress: bool = True,
+    command: str | None = None,
 ) -> Study:
     """Trains every recipe and shows which one won.
 
@@ -101,9 +102,10 @@ def compare(
         metric: which metric decides; the task's main one unless given.
         again: trains also what is finished.
         progress: whether runs show progress bars.
+        command: what the user typed, for the advice on how to go on.
     Raises:
         VeneerError: before any work, for recipes or specs that are wrong.
-        KeyboardInterrupt: after the running method has saved its state.
+        Interrupted: Ctrl-C; the running method has saved its state.
     """
     folder = Path(out)
     plan = _plan(recipes, specs, folder, tuple(references))
@@ -114,7 +116,7 @@ def compare(
     for done, recipe in enumerate(plan):
         if progress:
             print(f"\n[{done + 1}/{len(plan)}] {recipe.method}", flush=True)
-        outcomes.append(_run(recipe, again=again, progress=progress))
+        outcomes.append(_run(recipe, again=again, progress=progress, command=command))
         study.data = gather(plan, outcomes, title=title, subtitle=subtitle, references=references, facts=facts, metric=metric)
         study.write(pictures=done == len(plan) - 1)
     return study
@@ -214,20 +216,35 @@ def _folder_name(label: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-")[:80] or "run"
 
 
-def _run(recipe: Recipe, *, again: bool, progress: bool) -> dict[str, Any]:
-    """One run in a fresh process → its outcome as a dict, or {"error": …}."""
+def _run(recipe: Recipe, *, again: bool, progress: bool, command: str | None) -> dict[str, Any]:
+    """One run in a fresh process → its outcome as a dict, or {"error": …}. A finished run is only read."""
+    from veneer.train.interrupt import Interrupted
+
+    finished = None if again else _finished(recipe)
+    if finished is not None:
+        if progress:
+            print(f"finished before; {recipe.folder}", flush=True)
+        return finished
     with tempfile.TemporaryDirectory(prefix="veneer-") as work:
-        result = Path(work) / "result.json"
-        request = Path(work) / "request.json"
-        request.write_text(
-            json.dumps({"recipe": recipe.settings, "again": again, "progress": progress, "result": str(result)}), encoding="utf-8"
-        )
+        result, request = Path(work) / "result.json", Path(work) / "request.json"
+        asked = {"recipe": recipe.settings, "again": again, "progress": progress, "command": command, "result": str(result)}
+        request.write_text(json.dumps(asked), encoding="utf-8")
         code = _wait(subprocess.Popen([sys.executable, "-m", "veneer.study.worker", str(request)], process_group=0))
-        if code in (130, -signal.SIGINT):
-            raise KeyboardInterrupt
-        if result.exists():
-            return json.loads(result.read_text(encoding="utf-8"))
-        return {"error": f"The run ended with exit code {code} and left no result; its log is in {recipe.out}.", "code": code}
+        found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else None
+    if code in (130, -signal.SIGINT):
+        raise Interrupted(found["error"] if found else f"Interrupted.\nTo go on: {command or 'the same command'}")
+    return found or {"error": f"The run ended with exit code {code} and left no result; its log is in {recipe.folder}.", "code": code}
+
+
+def _finished(recipe: Recipe) -> dict[str, Any] | None:
+    """The outcome of an earlier run of the same recipe in the same folder."""
+    from veneer.train.outcome import RUN_FILE, Outcome, read_run
+
+    if not (recipe.folder / RUN_FILE).is_file():
+        return None
+    record = read_run(recipe.folder)
+    same = record["recipe"] == json.loads(json.dumps(recipe.identity))
+    return Outcome.load(recipe.folder).as_json() if same and record.get("outcome") else None
 
 
 def _wait(process: subprocess.Popen) -> int:

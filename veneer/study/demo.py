@@ -36,6 +36,7 @@ METHODS = (
     ("ssf", 1e-2),
     ("prefix-tuning(length=12)", 1e-2),
 )
+COMMAND = "make demo"
 STEPS = 160
 TEST, VALIDATION = 2000, 400
 SENTENCES = (
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
-        print(f"\nStopped; finished runs and checkpoints are in {options.out}.\nThe same command goes on from there.", file=sys.stderr)
+        print(f"\nInterrupted; finished runs are in {options.out}.\nTo go on: {COMMAND}", file=sys.stderr)
         return 130
     print(f"\n{options.out / 'report.html'} shows it all. ({show.seconds(time.monotonic() - started)})")
     return 0 if agreed and beats_probe(study) else 1
@@ -82,8 +83,9 @@ def train_all(out: Path, steps: int = STEPS, *, again: bool = False) -> Study:
             ("Task", "is a sentence from a film review positive or negative?"),
             ("Training", f"{steps} steps of 32 sentences, the same ones in the same order for every method, seed 0; AdamW"),
             ("Split", f"{TEST:,} test and {VALIDATION:,} validation sentences, drawn once with a fixed seed; no sentence is in two parts"),
-            ("Command", "make demo"),
+            ("Command", COMMAND),
         ],
+        command=COMMAND,
         metric="accuracy",
         again=again,
     )

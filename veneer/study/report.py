@@ -28,9 +28,8 @@ from veneer.study import format as show
 from veneer.study.page import SCRIPT, STYLE
 from veneer.study.svg import esc
 
-MOST_BYTES = 1_000_000
-MOST_ANSWERS = 250_000
-"""Single answers kept in the page's data; beyond, only the intervals stay."""
+MOST_DATA = 500_000
+"""Bytes of data in the page; the whole page stays under a megabyte."""
 
 COLUMNS = (
     ("method", "method", "method"),
@@ -150,12 +149,12 @@ def facts(study: Mapping[str, Any]) -> str:
 
 
 def embedded(study: Mapping[str, Any]) -> str:
-    """The study as JSON that cannot end the script element it stands in."""
-    rows = study["rows"]
-    if sum(len(r.get("correct") or ()) for r in rows) > MOST_ANSWERS:
-        rows = [{**r, "correct": None} for r in rows]
-    rows = [{**r, "curve": _few(r.get("curve") or [])} for r in rows]
-    text = json.dumps({**study, "rows": rows}, ensure_ascii=True, separators=(",", ":"), allow_nan=False, default=str)
+    """The study as JSON that cannot end the script element it stands in; what is too long for a page is left out."""
+    for left_out in ((), ("correct",), ("correct", "curve")):
+        rows = [{k: _few(v) if k == "curve" else v for k, v in r.items() if k not in left_out} for r in study["rows"]]
+        text = json.dumps({**study, "rows": rows}, separators=(",", ":"), allow_nan=False, default=str)
+        if len(text) < MOST_DATA:
+            break
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

@@ -1,6 +1,6 @@
 """One run in a process of its own: `python -m veneer.study.worker request.json`. Started by `compare`, not by people.
 
-The request holds `recipe` (its fields), `again`, `progress` and `result`, the file that the outcome goes to.
+The request holds `recipe` (its settings), `again`, `progress`, `command` and `result`, the file that the outcome goes to.
 """
 
 from __future__ import annotations
@@ -27,10 +27,8 @@ def main(request_file: str) -> int:
         from veneer.train.recipe import Recipe
         from veneer.train.run import train
 
-        outcome = train(Recipe(**request["recipe"]), again=request["again"], progress=request["progress"])
+        outcome = train(Recipe(**request["recipe"]), again=request["again"], progress=request["progress"], command=request["command"])
     except VeneerError as error:
-        if error.code == 130:
-            print(error, file=sys.stderr)
         replace_text(result, json.dumps({"error": str(error), "code": error.code}))
         return error.code
     except KeyboardInterrupt:

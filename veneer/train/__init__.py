@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from veneer.train.use import evaluate, predict, rebuild
 
 __all__ = [
-    "AdapterTrainer", "AdapterTrainerMixin", "Interrupted", "Outcome", "Recipe", "VeneerCallback", "evaluate", "predict", "rebuild", "train",
+    "AdapterTrainer", "AdapterTrainerMixin", "Interrupted", "Outcome", "Recipe", "VeneerCallback",
+    "evaluate", "predict", "rebuild", "train",
 ]  # fmt: skip
 
 

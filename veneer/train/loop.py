@@ -7,19 +7,26 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback
 
-from veneer.train.trainer import AdapterTrainer
+from veneer.errors import VeneerError
+from veneer.train.trainer import AdapterTrainer, last_checkpoint
 
 if TYPE_CHECKING:
     from veneer.tasks.data import Row
     from veneer.tasks.metric import Measured
     from veneer.tasks.task import Task
     from veneer.train.interrupt import Interrupt
+
+
+class BadLoss(VeneerError):
+    """The loss is not a number any more."""
+
 
 POOL = 50
 """Batches are made of rows of similar length out of so many batches' worth of shuffled rows."""
@@ -205,22 +212,13 @@ class RunTrainer(AdapterTrainer):
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if not math.isfinite(float(loss)):
-            from veneer.train.run import BadLoss
-
-            kept = self.state.best_global_step or 0
-            last = max([s for s in self._saved_steps()] or [0])
-            saved = f"The checkpoint of step {last} is kept in {self.args.output_dir}" if last else "There was no checkpoint yet"
-            best = f" (the best one is step {kept})" if kept and kept != last else ""
+            saved = last_checkpoint(Path(self.args.output_dir))
+            kept = f"The last good checkpoint is kept: {saved}" if saved else "There was no checkpoint yet"
             raise BadLoss(
-                f"The loss became {float(loss)} at step {self.state.global_step + 1}. {saved}{best}.\n"
+                f"The loss became {float(loss)} at step {self.state.global_step + 1}. {kept}.\n"
                 f"Try a lower learning rate (it was {self.args.learning_rate:g}) or --precision fp32, with --again."
             )
         return loss
-
-    def _saved_steps(self) -> list[int]:
-        from pathlib import Path
-
-        return [int(p.name[11:]) for p in Path(self.args.output_dir).glob("checkpoint-*") if p.name[11:].isdigit()]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         for parameter in self.tuned.parameters():

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.errors import BadValue, MissingExtra, VeneerError
+from veneer.errors import BadValue, MissingExtra
 from veneer.tasks.metric import Measured, Metric
 from veneer.tasks.task import Task, prepare
 from veneer.train.interrupt import Interrupt, Interrupted
@@ -168,7 +168,7 @@ class Run:
         return tuned, lr
 
     def trainer(self, tuned: Tuned, processor: Any, lr: float, device: str, precision: str) -> RunTrainer:
-        from transformers import TrainingArguments
+        from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 
         from veneer.train.loop import Rows, RunCallback, RunTrainer
 
@@ -207,7 +207,7 @@ class Run:
             use_cpu=device == "cpu",
             bf16=precision == "bf16",
             fp16=precision == "fp16",
-            gradient_checkpointing=recipe.checkpointing,
+            **({"gradient_checkpointing": True} if recipe.checkpointing else {}),
         )
         if os.environ.get("WORLD_SIZE") is None:
             args._n_gpu = min(args.n_gpu, 1)  # several GPUs are used under torchrun or accelerate, not by threads
@@ -229,6 +229,8 @@ class Run:
             preprocess_logits_for_metrics=task.reduce,
             callbacks=[callback],
         )
+        for loud in (PrinterCallback, ProgressCallback):
+            made.remove_callback(loud)
         made.prepare_run(task, callback)
         return made
 
@@ -373,7 +375,8 @@ def _quiet() -> None:
     """Keeps the libraries' reports off the screen; what matters is said by us."""
     import logging
 
-    logging.getLogger("torchao").setLevel(logging.ERROR)
+    for name in ("torchao", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         from transformers.utils import logging as library
@@ -420,7 +423,3 @@ def _flags(recipe: Recipe) -> str:
     defaults = {f.name: f.default for f in dataclasses.fields(Recipe)}
     changed = {name: value for name, value in recipe.settings.items() if value != defaults[name]}
     return " ".join(f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in changed.items())
-
-
-class BadLoss(VeneerError):
-    """The loss is not a number any more."""

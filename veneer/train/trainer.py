@@ -16,7 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import rotate_checkpoints
 
 import veneer
-from veneer.errors import BadFile, Mismatch, VeneerError
+from veneer.errors import Mismatch, VeneerError
 from veneer.train.state import random_state, read_state, set_random_state, write_state
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ class AdapterTrainerMixin:
         scaler = getattr(self.accelerator, "scaler", None)
         state = {
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"},
+            "scheduler": self.lr_scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "strategies": self.tuned.strategy_state(),
             "extra": self.extra_state(),
@@ -234,6 +234,3 @@ def last_checkpoint(folder: Path) -> Path | None:
         except VeneerError:
             continue
     return None
-
-
-__all__ = ["AdapterTrainer", "AdapterTrainerMixin", "BadFile", "VeneerCallback", "last_checkpoint", "put_back"]

@@ -1,7 +1,4 @@
-"""Bottleneck adapter: a small two-layer network after, or beside, every sub-layer (2019, arXiv:1902.00751).
-
-Pfeiffer et al. arXiv:2005.00247; parallel: He et al. arXiv:2110.04366.
-"""
+"""Bottleneck adapter: a small two-layer network after, or beside, every sub-layer (2019, arXiv:1902.00751)."""
 
 from __future__ import annotations
 
@@ -32,8 +29,8 @@ class BottleneckAdapter(ActivationMethod):
     the base: start="bert", both N(0, 0.02²); "houlsby", both truncated N(0, 0.001²). Options: s [] or [D]; ln_w, ln_b [D].
 
     Args:
-        variant: "houlsby" after attention and feed-forward (targets="attn mlp cross": cross-attention too); "pfeiffer" after the
-            feed-forward, post-norm as LN(o + f(LN(o + a)) + a); "parallel" beside it (targets="mlp attn": both).
+        variant: "houlsby" after attention and feed-forward (targets="attn mlp cross": cross-attention too); "pfeiffer"
+            (arXiv:2005.00247) after the feed-forward, post-norm as LN(o + f(LN(o + a)) + a); "parallel" (arXiv:2110.04366) beside it.
     """
 
     variant: str = option("houlsby", "place and form", choices=("houlsby", "pfeiffer", "parallel"))
@@ -47,12 +44,7 @@ class BottleneckAdapter(ActivationMethod):
     start: str = option("zero_up", "first values", choices=("zero_up", "bert", "houlsby"))
     kinds = ("linear", "norm", "branch")
     aliases = {"bottleneck": "m", "reduction_factor": "reduction", "non_linearity": "act", "scaling": "s", "init": "start"}
-    limits = {
-        "merge": "it is nonlinear",
-        "unmerge": "it is nonlinear",
-        "conv2d": "it acts on sub-layers",
-        "embedding": "it acts on sub-layers",
-    }
+    limits = {"merge": "it is nonlinear", "unmerge": "it is nonlinear", "conv2d": "not a sub-layer", "embedding": "not a sub-layer"}
 
     def validate(self) -> None:
         if self.s == 0:
@@ -71,9 +63,7 @@ class BottleneckAdapter(ActivationMethod):
         if site.kind == "norm" and not site.post:
             raise self.refuse("the norm {at} does not read a sub-layer's output plus its residual; choose the role mlp.", site)
         if self.width(site) >= site.out_features:
-            warnings.warn(
-                f"{self.label}: m={self.width(site)} is no bottleneck for {site.out_features} channels at {site.name}.", stacklevel=2
-            )
+            warnings.warn(f"{self.label}: m={self.width(site)} is no bottleneck for {site.out_features} channels.", stacklevel=2)
 
     def width(self, site: Site) -> int:
         return max(1, int(site.out_features // self.reduction)) if self.m is None else self.m
@@ -83,8 +73,7 @@ class BottleneckAdapter(ActivationMethod):
         down, up = kaiming_uniform((m, D), generator), zeros((D, m))
         if self.start != "zero_up":
             std, cut = (0.02, 1.0) if self.start == "bert" else (1e-3, 2e-3)
-            for t in (down, up):
-                trunc_normal_(t, 0.0, std, -cut, cut, generator)
+            down, up = (trunc_normal_(t, 0.0, std, -cut, cut, generator) for t in (down, up))
         p = {"down_w": down, "down_b": zeros((m,)), "up_w": up, "up_b": zeros((D,))}
         if self.learned_s != "no":
             p["s"] = ones(() if self.learned_s == "scalar" else (D,)) * self.scale

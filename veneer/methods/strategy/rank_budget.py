@@ -76,6 +76,8 @@ class RankBudget(Strategy):
     def start(self, tuned: Tuned, name: str, total_steps: int | None = None) -> None:
         self.matrices = {site.name: {k: p[k] for k in ("P", "lambda", "Q")} for site, _, p in tuned.entries(name) if "lambda" in p}
         self.T = self.T or total_steps
+        if self.T is not None:
+            self.budget(self.T)  # refuses now a schedule that does not fit
 
     def loss_terms(self) -> dict[str, Tensor]:
         return {"orthogonality": self.gamma * orthogonality(list(self.matrices.values()))} if self.gamma else {}
@@ -84,20 +86,32 @@ class RankBudget(Strategy):
     def after_step(self) -> None:
         if self.T is None:
             raise BadValue("AdaLoRA needs the number of optimiser steps: give T=… to the method or call tuned.begin(total_steps).")
-        self.step, schedule, scores = self.step + 1, self.budget(self.T), []
-        for name, p in self.matrices.items():
-            keys = {k: f"{name}/{k}" for k in p}
-            for k, key in keys.items() if self.step < self.T - schedule.t_f else ():
-                w, none = p[k], torch.zeros_like(p[k])
-                old, grad = (self.I_bar.get(key, none), self.U_bar.get(key, none)), none if w.grad is None else w.grad
-                self.I_bar[key], self.U_bar[key] = smoothed(*old, w, grad, self.beta1, self.beta2)
-            scores.append(triplet_scores({k: self.I_bar[i] * self.U_bar[i] if i in self.I_bar else p[k].abs() for k, i in keys.items()}))
-        b, mask_now = schedule.at(self.step, sum(s.numel() for s in scores), sum(s.shape[:-1].numel() for s in scores) * self.target)
-        masks = self.pattern or (dict(zip(self.matrices, kept(scores, b))) if mask_now else {})
+        self.step, schedule = self.step + 1, self.budget(self.T)
+        fixed = self.step >= self.T - schedule.t_f
+        if not fixed:
+            self.update()
+        scores = [self.scores(name, p) for name, p in self.matrices.items()]
+        matrices = sum(s.shape[:-1].numel() for s in scores)
+        budget, mask_now = schedule.at(self.step, sum(s.numel() for s in scores), matrices * self.target)
+        masks = self.pattern or (dict(zip(self.matrices, kept(scores, budget))) if mask_now else {})
         for name, mask in masks.items():
             self.matrices[name]["lambda"].mul_(mask.to(self.matrices[name]["lambda"]))
-        if self.step >= self.T - schedule.t_f and not self.pattern:  # from here on the pattern stands
+        if fixed and not self.pattern:  # from here on the pattern stands
             self.pattern, self.I_bar, self.U_bar = masks, {}, {}
+
+    def update(self) -> None:
+        for name, p in self.matrices.items():
+            for k, w in p.items():
+                key, none = f"{name}/{k}", torch.zeros_like(w)
+                grad = none if w.grad is None else w.grad
+                old = self.I_bar.get(key, none), self.U_bar.get(key, none)
+                self.I_bar[key], self.U_bar[key] = smoothed(*old, w, grad, self.beta1, self.beta2)
+
+    def scores(self, name: str, p: Triplets) -> Tensor:
+        """One score a triplet, [r]; the magnitudes before anything was observed."""
+        if f"{name}/P" not in self.I_bar:
+            return p["lambda"].abs()
+        return triplet_scores({k: self.I_bar[f"{name}/{k}"] * self.U_bar[f"{name}/{k}"] for k in p})
 
     def state_dict(self) -> dict[str, Any]:
         return {"step": self.step, "T": self.T, "I_bar": self.I_bar, "U_bar": self.U_bar, "pattern": self.pattern}

@@ -24,9 +24,7 @@ class WeGeFT(WeightMethod):
     Not where a large budget is free. transform="output" (ours): W_eff = (I + s phiᵀ psi) W with both [r, out].
 
     Tensors, one pair per tie group: phi [r, in], zeros; psi [r, in], Kaiming-uniform(√5) (or the other way round): the base.
-
-    Args:
-        positions: (k, l) edits only the first k and last l tokens; it cannot be merged then.
+    positions=(k, l) edits only the first k and last l tokens; it cannot be merged then.
     """
 
     r: int = option(64, "rank of the generator", ge=1)
