@@ -20,20 +20,20 @@ from veneer import anatomy
 from veneer.errors import BadFile, NoMatch, UnknownName
 from veneer.site import Site
 
-SIZE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-TEXT = dict(SIZE, vocab_size=50)
-DECODER = dict(TEXT, num_key_value_heads=2, pad_token_id=0)
-WIDE = dict(DECODER, head_dim=8)
-IMAGE = dict(SIZE, image_size=8, patch_size=4)
-SPEECH = dict(
+SIZE: dict[str, Any] = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+TEXT: dict[str, Any] = dict(SIZE, vocab_size=50)
+DECODER: dict[str, Any] = dict(TEXT, num_key_value_heads=2, pad_token_id=0)
+WIDE: dict[str, Any] = dict(DECODER, head_dim=8)
+IMAGE: dict[str, Any] = dict(SIZE, image_size=8, patch_size=4)
+SPEECH: dict[str, Any] = dict(
     TEXT, conv_dim=(16, 16), conv_kernel=(3, 3), conv_stride=(2, 2), num_feat_extract_layers=2, num_conv_pos_embeddings=4,
     num_conv_pos_embedding_groups=2,
 )  # fmt: skip
-PAIR = dict(
+PAIR: dict[str, Any] = dict(
     d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
     decoder_ffn_dim=64, vocab_size=50, pad_token_id=0, bos_token_id=0, eos_token_id=0, decoder_start_token_id=0,
 )  # fmt: skip
-OPT = dict(
+OPT: dict[str, Any] = dict(
     hidden_size=32,
     num_hidden_layers=2,
     num_attention_heads=4,
@@ -42,7 +42,7 @@ OPT = dict(
     word_embed_proj_dim=32,
     max_position_embeddings=16,
 )
-TOWERS = dict(text_config=dict(TEXT, max_position_embeddings=16), vision_config=IMAGE)
+TOWERS: dict[str, Any] = dict(text_config=dict(TEXT, max_position_embeddings=16), vision_config=IMAGE)
 
 
 def of(name: str, **config: Any) -> Callable[[], nn.Module]:
@@ -149,8 +149,9 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "rwkv": of("RwkvForCausalLM", vocab_size=50, hidden_size=32, num_hidden_layers=2, intermediate_size=64, context_length=16),
     "mamba": of("MambaForCausalLM", vocab_size=50, hidden_size=32, num_hidden_layers=2, state_size=4),
     "unet": diffuser(
-        "UNet2DConditionModel", sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=24, attention_head_dim=8,
-        norm_num_groups=8, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        "UNet2DConditionModel", sample_size=8, block_out_channels=(16, 32), layers_per_block=1, cross_attention_dim=24,
+        attention_head_dim=8, norm_num_groups=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ),
     "dit": diffuser(
         "DiTTransformer2DModel", num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8, norm_num_groups=8,
@@ -183,7 +184,10 @@ def named(family: str, name: str) -> Site:
     return next(s for s in found(family) if s.name == name)
 
 
-def counts(sites: list[Site], kinds: str = "linear conv embedding norm parameter") -> str:
+WEIGHTS = ("linear", "conv", "embedding", "norm", "parameter")
+
+
+def counts(sites: list[Site], kinds: str = " ".join(WEIGHTS)) -> str:
     """How many sites each role has; `attn.*` stands for q, k, v and o where they are equally many."""
     told = Counter(s.role for s in sites if s.kind in kinds.split())
     for part in ("attn", "cross"):
@@ -280,15 +284,18 @@ EXPECTED = {
         "attn:4 block:2 mlp:2 model:1",
     ),
     "swin": (
-        "attn.*:3 embed.patch:1 head:1 mlp.down:3 mlp.up:3 norm.attn:3 norm.embed:1 norm.final:1 norm.mlp:3 norm.other:1 other:1 parameter:3",
+        "attn.*:3 embed.patch:1 head:1 mlp.down:3 mlp.up:3 norm.attn:3 norm.embed:1"
+        " norm.final:1 norm.mlp:3 norm.other:1 other:1 parameter:3",
         "attn:6 block:3 mlp:3 model:1",
     ),
     "clip": (
-        "attn.*:4 embed.patch:1 embed.position:2 embed.token:1 mlp.down:4 mlp.up:4 norm.attn:4 norm.embed:1 norm.final:2 norm.mlp:4 other:2 parameter:2",
+        "attn.*:4 embed.patch:1 embed.position:2 embed.token:1 mlp.down:4 mlp.up:4"
+        " norm.attn:4 norm.embed:1 norm.final:2 norm.mlp:4 other:2 parameter:2",
         "attn:8 block:4 mlp:4 model:1",
     ),
     "siglip": (
-        "attn.*:4 embed.patch:1 embed.position:2 embed.token:1 mlp.down:4 mlp.up:4 norm.attn:4 norm.final:2 norm.mlp:4 norm.other:1 parameter:3 pooler:7",
+        "attn.*:4 embed.patch:1 embed.position:2 embed.token:1 mlp.down:4 mlp.up:4"
+        " norm.attn:4 norm.final:2 norm.mlp:4 norm.other:1 parameter:3 pooler:7",
         "attn:8 block:4 mlp:4 model:1",
     ),
     "q-former": (
@@ -296,15 +303,18 @@ EXPECTED = {
         "attn:4 block:2 cross:2 mlp:2 model:1",
     ),
     "whisper": (
-        "attn.*:4 cross.*:2 embed.patch:2 embed.position:2 embed.token:1 head:1 mlp.down:4 mlp.up:4 norm.attn:4 norm.cross:2 norm.final:2 norm.mlp:4",
+        "attn.*:4 cross.*:2 embed.patch:2 embed.position:2 embed.token:1 head:1"
+        " mlp.down:4 mlp.up:4 norm.attn:4 norm.cross:2 norm.final:2 norm.mlp:4",
         "attn:8 block:4 cross:4 mlp:4 model:1",
     ),
     "wav2vec2": (
-        "attn.*:2 conv:2 embed.patch:1 embed.position:1 head:2 mlp.down:2 mlp.up:2 norm.attn:2 norm.embed:2 norm.mlp:2 norm.other:1 parameter:1",
+        "attn.*:2 conv:2 embed.patch:1 embed.position:1 head:2 mlp.down:2 mlp.up:2"
+        " norm.attn:2 norm.embed:2 norm.mlp:2 norm.other:1 parameter:1",
         "attn:4 block:2 mlp:2 model:1",
     ),
     "wav2vec2-pre": (
-        "attn.*:2 conv:2 embed.patch:1 embed.position:1 head:1 mlp.down:2 mlp.up:2 norm.attn:2 norm.embed:1 norm.final:1 norm.mlp:2 norm.other:2 parameter:1",
+        "attn.*:2 conv:2 embed.patch:1 embed.position:1 head:1 mlp.down:2 mlp.up:2"
+        " norm.attn:2 norm.embed:1 norm.final:1 norm.mlp:2 norm.other:2 parameter:1",
         "attn:4 block:2 mlp:2 model:1",
     ),
     "musicgen": (
@@ -316,12 +326,14 @@ EXPECTED = {
         "attn:6 block:3 mlp:3 model:1",
     ),
     "rwkv": (
-        "embed.token:1 head:1 mixer.in:6 mixer.out:2 mlp.down:2 mlp.gate:2 mlp.up:2 norm.embed:1 norm.final:1 norm.mlp:2 norm.other:2 parameter:14",
+        "embed.token:1 head:1 mixer.in:6 mixer.out:2 mlp.down:2 mlp.gate:2 mlp.up:2"
+        " norm.embed:1 norm.final:1 norm.mlp:2 norm.other:2 parameter:14",
         "block:2 mlp:2 model:1",
     ),
     "mamba": ("conv:2 embed.token:1 head:1 mixer.in:2 mixer.out:2 norm.final:1 norm.other:2 other:4 parameter:4", "block:2 model:1"),
     "unet": (
-        "attn.*:4 conv:33 cross.*:4 embed.other:2 mlp.down:4 mlp.gate:4 mlp.up:4 norm.attn:4 norm.cross:4 norm.final:1 norm.mlp:4 norm.other:20 other:8",
+        "attn.*:4 conv:33 cross.*:4 embed.other:2 mlp.down:4 mlp.gate:4 mlp.up:4"
+        " norm.attn:4 norm.cross:4 norm.final:1 norm.mlp:4 norm.other:20 other:8",
         "attn:8 block:4 cross:8 mlp:4 model:1",
     ),
     "dit": ("attn.*:2 embed.other:6 embed.patch:1 mlp.down:2 mlp.up:2 other:4", "attn:4 block:2 mlp:2 model:1"),
@@ -354,32 +366,26 @@ def test_sites_agree_with_the_model(family: str) -> None:
     """Names are unique, shapes are those of the weights, row ranges tile their layer, and every matrix is there once."""
     model, sites = built(family), found(family)
     assert len({s.name for s in sites}) == len(sites)
-    covered: dict[tuple[str, str], int] = {}
+    assert all(s.out_features == s.in_features > 0 for s in sites if s.kind not in WEIGHTS)
+    layers: dict[tuple[str, str], list[Site]] = {}
     for s in sites:
-        if s.kind not in ("linear", "conv", "embedding", "norm", "parameter"):
-            assert s.out_features == s.in_features > 0
-            continue
-        weight = getattr(model.get_submodule(s.module), s.parameter)
-        key = (s.module, s.parameter)
-        start = covered.get(key, 0)
-        assert s.rows is None or s.rows == (start, start + s.out_features)
-        covered[key] = start + s.out_features
-        factor = 1 if s.kind == "norm" else s.in_features
-        total = weight.numel() // (weight.shape[-1] if s.count and weight.ndim == 3 else 1)
-        if not s.count:
-            assert covered[key] * factor <= total
-    for module, parameter in covered:
+        if s.kind in WEIGHTS:
+            layers.setdefault((s.module, s.parameter), []).append(s)
+    for (module, parameter), mine in layers.items():
         weight = getattr(model.get_submodule(module), parameter)
-        mine = [s for s in sites if (s.module, s.parameter) == (module, parameter)]
         assert sum(s.out_features * (1 if s.kind == "norm" else s.in_features) * max(s.count, 1) for s in mine) == weight.numel()
+        start = 0
+        for s in mine if len(mine) > 1 else ():
+            assert s.rows == (start, start + s.out_features)
+            start += s.out_features
     matrices = {n for n, p in model.named_parameters() if p.ndim > 1 and "parametrizations" not in n}
-    assert matrices <= {f"{m}.{p}".lstrip(".") for m, p in covered} | {"shared.weight", "model.shared.weight"}
+    assert matrices <= {f"{m}.{p}".lstrip(".") for m, p in layers} | {"shared.weight", "model.shared.weight"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_depth_counts_every_block_once(family: str) -> None:
     blocks = [s for s in found(family) if s.kind == "block"]
-    assert sorted(s.depth for s in blocks) == list(range(len(blocks)))
+    assert {s.depth for s in blocks} == set(range(len(blocks)))
     assert all(s.index < s.length for s in blocks)
     assert all(s.depth is not None for s in found(family) if s.kind in ("branch", "attention"))
 
@@ -389,7 +395,7 @@ PIXELS = {"pixel_values": torch.randn(1, 3, 8, 8)}
 RUNS: dict[str, Any] = {
     **dict.fromkeys(("bert", "roberta", "deberta", "distilbert", "gpt2", "neox", "opt", "opt-post", "llama", "qwen3", "gemma2"), TOKENS),
     **dict.fromkeys(("gemma3", "phi3", "mixtral"), TOKENS),
-    **dict.fromkeys(("t5", "bart"), {**TOKENS, "decoder_input_ids": torch.arange(4)[None]}),
+    **{family: {**TOKENS, "decoder_input_ids": torch.arange(4)[None]} for family in ("t5", "bart")},
     **dict.fromkeys(("vit", "dinov2"), PIXELS),
     "swin": {"pixel_values": torch.randn(1, 3, 16, 16)},
     "segformer": {"pixel_values": torch.randn(1, 3, 32, 32)},
@@ -460,7 +466,7 @@ def test_sublayers_and_norms_run_in_the_order_told(family: str) -> None:
         ("vit", "vit.embeddings.patch_embeddings.projection", dict(kernel=(4, 4), in_features=48, role="embed.patch")),
         ("swin", "swin.encoder.layers.1.blocks.0", dict(kind="block", depth=2, index=0, length=1, out_features=16)),
         ("unet", "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj.gate", dict(rows=(64, 128), role="mlp.gate")),
-        ("torch-encoder", "layers.0.self_attn.k", dict(module="layers.0.self_attn", parameter="in_proj_weight", rows=(32, 64), batch_dim=1)),
+        ("torch-encoder", "layers.0.self_attn.k", dict(parameter="in_proj_weight", rows=(32, 64), batch_dim=1)),
         ("torch-encoder", "layers.0.linear1", dict(batch_dim=1, role="mlp.up")),
         ("torch-encoder", "layers.0.attn", dict(post=True, entry="layers.0.self_attn", module="layers.0.self_attn")),
         ("torch-encoder", "layers.0.self_attn.out_proj", dict(role="attn.o")),
@@ -479,7 +485,7 @@ def test_exact_sites(family: str, name: str, facts: dict[str, Any]) -> None:
 
 def test_grouped_fused_projection_without_told_head_width() -> None:
     """Heads × width + two times the key heads × width make up the rows."""
-    attention = nn.Module()
+    attention: Any = nn.Module()
     attention.qkv_proj, attention.o_proj = nn.Linear(24, 40), nn.Linear(24, 24)
     attention.num_heads, attention.num_kv_heads = 3, 1
     block = nn.ModuleDict({"attention": attention})
@@ -495,7 +501,7 @@ class Odd(nn.Module):
         self.alpha, self.beta, self.gamma = nn.Linear(8, 8), nn.Linear(8, 24), nn.Linear(24, 8)
 
 
-def odd() -> nn.Module:
+def odd() -> Any:
     return nn.Sequential(nn.Linear(4, 8), nn.ModuleList([Odd(), Odd()]), nn.Linear(8, 2))
 
 

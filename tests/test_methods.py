@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_loftq_beats_plain_quantisation_and_keeps_its_best_iterate(alpha: float)
         method = registry.method("lora", r=4, alpha=alpha, start="loftq", loftq_iters=iterations)
         distances.append(float((W - method.weight(W, begun(method, W))).norm()))
     assert distances[0] < plain
-    assert all(later <= first for first, later in zip(distances, distances[1:]))
+    assert all(later <= first for first, later in pairwise(distances))
 
 
 def test_nf4_levels_and_rounding() -> None:
@@ -237,7 +238,7 @@ def test_adalora_needs_the_number_of_steps() -> None:
 
 def test_budget_is_monotone() -> None:
     found = [Budget(100, 10, 20).at(t, 60, 24)[0] for t in range(1, 101)]
-    assert found[9] == 60 and found[79] == 24 and all(a >= b for a, b in zip(found, found[1:]))
+    assert found[9] == 60 and found[79] == 24 and all(a >= b for a, b in pairwise(found))
 
 
 # -- WeGeFT -----------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ MISTAKES = {
     "task": Mistake(f"{TRAIN} --task text-clasification", ("no task 'text-clasification'", "'text-classification'")),
     "recipe": Mistake("train god.yaml", ("no recipe god.yaml", "'good.yaml'")),
     "setting in a recipe": Mistake("train typo.yaml", ("no setting 'epocs'", "'epochs'")),
-    "recipe that is not YAML": Mistake("train broken.yaml", ("broken.yaml, line 2", "not YAML")),
+    "recipe that is not YAML": Mistake("train broken.yaml", ("broken.yaml, line", "not YAML")),
     "data file": Mistake("train --model minilm --data god.csv", ("no file god.csv", "'good.csv'")),
     "column": Mistake(f"{TRAIN} --label lable", ("good.csv", "no column 'lable'", "'label'", "--label")),
     "line": Mistake("train --model minilm --data broken.jsonl --out run", ("broken.jsonl, line 2", "not JSON")),

@@ -83,11 +83,11 @@ def _built(name: str, dtype: torch.dtype, depth: int, width: int) -> nn.Module:
         torch.manual_seed(0)
         model = spread(SUBJECTS[name].make(depth, width)).to(dtype).eval()
     if dtype == torch.float64:
-        _exact_norms(model)
+        exact_norms(model)
     return model
 
 
-def _exact_norms(model: nn.Module) -> None:
+def exact_norms(model: nn.Module) -> None:
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child).__name__ == "LlamaRMSNorm":

@@ -156,7 +156,7 @@ class _Anatomy:
 
     def _find_blocks(self) -> list[Block]:
         told = {x.node for x in self.layers if x.roles and x.roles[0].startswith(("attn.", "cross.", "mixer."))}
-        attends = {p for n in self.nodes if n in told or _attends(n) for p in (n, *n.above())}
+        attends = {p for n in self.nodes if n in told or _attends(n) for p in n.above()}
         stacks = _stacks(self.root, attends) or self._plain_stacks()
         blocks = [Block(node, i, len(stack)) for stack in stacks for i, node in enumerate(stack)]
         ordered = sorted(blocks, key=lambda b: b.node.side == "decoder")

@@ -36,6 +36,7 @@ FASHION_SHA = {
     "t10k-labels-idx1-ubyte.gz": "8d3605d196f4be44669e46906da9733c8131fef761fdbfec72c424d5222f1a05",
 }
 SNIPPETS_FILE = "vaderSentiment-3.3.2.tar.gz"
+FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FASHION_CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 INSTALL = {
@@ -268,7 +269,7 @@ def _snippets_source() -> Path:
 
 
 def _fashion_source() -> Path:
-    return _first_existing("fashion-mnist", [*(f / "fashion-mnist" for f in search_places()), Path("/usr/share/datasets/fashion-mnist")])
+    return _first_existing("fashion-mnist", [*(f / "fashion-mnist" for f in search_places()), FASHION_FOLDER])
 
 
 def _first_existing(asset: str, places: list[Path]) -> Path:

@@ -1,6 +1,6 @@
 """How each class of layer uses its weight: read it dense, run it with another one, add a low-rank term, write to it.
 
-One form serves every method. Weights are always seen as [out, in] (convolutions: [out, in/groups, *kernel];
+One form serves every method. Weights are always seen as [out, in] (convolutions: [out, in/groups · kernel];
 embedding tables transposed to [dim, vocabulary]; norms: the gain [d]), whatever the layer's own layout.
 """
 
@@ -136,7 +136,10 @@ class EmbeddingForm(Form):
 
 
 class ConvForm(Form):
-    """Conv1d, Conv2d, Conv3d with any stride, padding mode, dilation and groups."""
+    """Conv1d, Conv2d, Conv3d with any stride, padding mode, dilation and groups; the kernel counts among the inputs."""
+
+    def weight(self, module: nn.Module) -> Tensor:
+        return self.raw(module).detach().flatten(1)
 
     def apply(self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         own: Any = module

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import dropout, linear
 
 from veneer.init import normal, zeros
-from veneer.method import Call, LowRankMethod, Method, Params
+from veneer.method import Call, LowRankMethod, Method, Params, replaced
 from veneer.option import option
 from veneer.site import Site
 
@@ -47,7 +47,7 @@ class Started(LowRankMethod):
     def limits(self) -> Mapping[str, str]:  # type: ignore[override]
         return {"identity": "a quantised copy stands for the weight"} if self.start == "loftq" else {}
 
-    @property
+    @property  # type: ignore[misc]
     def calibrates(self) -> bool:  # type: ignore[override]
         return self.start == "eva"
 
@@ -62,7 +62,11 @@ class Started(LowRankMethod):
 
     def kept(self, A: tuple[int, ...], B: tuple[int, ...]) -> Params:
         """Room for the frozen tensors of this start, given the shapes of A and B."""
-        shapes = {"pissa": {"A0": A, "B0": B}, "olora": {"A0": A, "B0": B}, "loftq": {"Q": (B[0], A[1])}}
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {
+            "pissa": {"A0": A, "B0": B},
+            "olora": {"A0": A, "B0": B},
+            "loftq": {"Q": (B[0], A[1])},
+        }
         return {name: zeros(shape) for name, shape in shapes.get(self.start, {}).items()}
 
     def init_from_weight(self, W: Tensor, b: Tensor | None, p: Params, site: Site, generator: Generator) -> Params:
@@ -85,7 +89,7 @@ class Started(LowRankMethod):
                 found[site.name] = None
                 continue
             r = len(A)  # alpha follows r, so that the scale stays
-            own = replace(self, r=r, alpha=self.scale * (r**0.5 if self.rslora else r))
+            own = replaced(self, {"r": r, "alpha": self.scale * (r**0.5 if self.rslora else r)})
             found[site.name] = (own, own.init(site, Generator()) | {"A": A})
         return found
 

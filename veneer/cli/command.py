@@ -69,7 +69,7 @@ class Parser(argparse.ArgumentParser):
         wrong = next((name for name in given if name not in flags), None)
         if wrong is not None:
             raise UnknownName(f"`{self.prog}` has no flag {wrong!r}.{nearest(wrong, flags)} `{self.prog} --help` lists them all.")
-        return vars(self.parse_args(args))
+        return vars(self.parse_intermixed_args(args))
 
 
 def parser(name: str, function: Callable[..., Any]) -> Parser:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from veneer.cli.command import Argument, Flag, Settings
-from veneer.cli.train import plan_of
+from veneer.cli.train import plan_of, typed
 from veneer.errors import BadValue
 from veneer.spec import parse_spec
 from veneer.train.recipe import Recipe
@@ -29,7 +29,15 @@ def compare(
     plan = plan_of(recipe, {**settings, "method": specs[0]})
     from veneer.study.compare import compare as study
 
-    found = study(plan, specs, out=out, title=f"{Path(plan.data).name} on {plan.model}", references=references or (), again=again)
+    found = study(
+        plan,
+        specs,
+        out=out,
+        title=f"{Path(plan.data).name} on {plan.model}",
+        references=references or (),
+        again=again,
+        command=typed("compare", recipe, {"methods": specs, "references": references, "out": out, **settings}),
+    )
     _show(found)
     return {**found.data, "folder": found.folder}
 

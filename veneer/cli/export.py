@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,10 +45,14 @@ def export(
     to: Annotated[str, Flag("the form", choices=FORMS)],
     model: Annotated[str | None, Flag("base model, if the adapter does not name it or it has moved")] = None,
     tolerance: Annotated[float | None, Flag("largest allowed relative difference; by default 1e-4 in float32")] = None,
+    as_lora: Annotated[bool, Flag("with --to peft: as plain LoRA, whatever the method")] = False,
+    rank: Annotated[int | None, Flag("with --as-lora: rank for methods that are not of low rank")] = None,
 ) -> Any:
     """Write an adapter in another form: Hugging Face PEFT's, veneer's, or merged into the model."""
     folder = adapter_folder(folder)
     _refuse(folder, out, to, facts_of(folder), tolerance)
+    if (as_lora and to != "peft") or (rank is not None and not as_lora):
+        raise BadValue("--as-lora goes with --to peft, and --rank with --as-lora.")
     name = base.base_name(folder, model)
     from veneer.store import load
 
@@ -58,7 +61,11 @@ def export(
     expected = base.outputs(tuned.model, inputs)
     allowed = tolerance if tolerance is not None else TOLERANCES.get(_dtype(tuned.model), 1e-4)
     with _beside(out) as folder_beside:
-        again = {"merged": _merged, "peft": _peft, "veneer": _veneer}[to](tuned, folder_beside, lambda: base.load_base(folder, model))
+        if to == "merged":
+            again = _merged(tuned, folder_beside)
+        else:
+            _write(tuned, folder_beside, to, as_lora, rank)
+            again = load(base.load_base(folder, model), folder_beside).model
         found = base.difference(expected, base.outputs(again, inputs))
         if not found <= allowed:
             raise Inexact(
@@ -92,25 +99,19 @@ def _dtype(model: nn.Module) -> str:
     return str(next(p.dtype for p in model.parameters() if p.is_floating_point())).removeprefix("torch.")
 
 
-def _merged(tuned: Tuned, out: Path, fresh: Callable[[], nn.Module]) -> nn.Module:
+def _merged(tuned: Tuned, out: Path) -> nn.Module:
     plain: Any = tuned.merge().detach()
     plain.save_pretrained(out)
     return type(plain).from_pretrained(out, dtype=plain.dtype)
 
 
-def _peft(tuned: Tuned, out: Path, fresh: Callable[[], nn.Module]) -> nn.Module:
-    from veneer.store import load
+def _write(tuned: Tuned, out: Path, to: str, as_lora: bool, rank: int | None) -> None:
+    if to == "veneer":
+        tuned.save(out)
+        return
     from veneer.tools.peft_format import save_peft
 
-    save_peft(tuned, out)
-    return load(fresh(), out).model
-
-
-def _veneer(tuned: Tuned, out: Path, fresh: Callable[[], nn.Module]) -> nn.Module:
-    from veneer.store import load
-
-    tuned.save(out)
-    return load(fresh(), out).model
+    save_peft(tuned, out, as_lora=as_lora, rank=rank)
 
 
 class _beside:

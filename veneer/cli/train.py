@@ -19,20 +19,20 @@ def train(
     plan = plan_of(recipe, settings)
     from veneer.train.run import train as run
 
-    outcome = run(plan, again=again, progress=True, command=typed(recipe, settings))
+    outcome = run(plan, again=again, progress=True, command=typed("train", recipe, settings))
     print(f"To use it: veneer predict {shlex.quote(str(outcome.folder))} INPUT …")
     return outcome.as_json()
 
 
-def typed(recipe: Path | None, settings: dict[str, Any]) -> str:
+def typed(command: str, recipe: Path | None, settings: dict[str, Any]) -> str:
     """The command that goes on with this run."""
-    words = ["veneer", "train", *([str(recipe)] if recipe else [])]
+    words = ["veneer", command, *([str(recipe)] if recipe else [])]
     for name, value in settings.items():
         flag = name.replace("_", "-")
         if isinstance(value, bool) and name != "head":
             words.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            words += [f"--{flag}", str(value)]
+        elif value is not None:
+            words += [f"--{flag}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return shlex.join(words)
 
 

@@ -287,7 +287,7 @@ def split_key(key: str, prompt: bool = False) -> tuple[str, str]:
     found = TUNED.search(key)
     if found is None:
         owner, _, slot = key.rpartition(".")
-        owner = owner.replace(".modules_to_save", "")
+        owner = re.sub(r"\.modules_to_save(\.default)?", "", owner)
     else:
         owner, slot = key[: found.start()], key[found.start() :].lstrip(".")
     words = slot.split(".")
@@ -436,12 +436,24 @@ def read_prompt(given: Given) -> Piece:
     sites = given.places.only("model")
     if not sites:
         raise Unsupported(f"{given.folder}: this model takes no token embeddings, so learned tokens have no place.")
+    check_first_position(given.places, str(given.config.get("task_type")), str(given.folder))
     length = int(given.config.get("num_virtual_tokens") or 0)
     P = given.need("", "prompt_embeddings", (-1, sites[0].in_features))
     if not 1 <= length <= len(P):
         raise BadFile(f"{given.folder}: num_virtual_tokens is {length}, the table has {len(P)} rows.")
     method = registry.method("prompt-tuning", length=length, after_first=False)
     return Piece(method, [(method, sites[0], {"P": P[:length]})])  # of an encoder-decoder's two tables PEFT reads the first
+
+
+def check_first_position(places: Places, task: str | None, where: str) -> None:
+    """With PEFT, a head that reads the first position of an encoder's output reads the first learned token."""
+    inner = getattr(places.model, "base_model", None)
+    pools = getattr(inner, "pooler", None) is not None
+    if task == "SEQ_CLS" and not pools and not any(s.causal for s in places.only("attention")):
+        raise Unsupported(
+            f"{where}: the head of {type(places.model).__name__} reads the first position, which is a learned token with PEFT and the "
+            "text's first token here, so the answers would differ. Attach 'prompt-tuning' or 'prefix-tuning' and train it here."
+        )
 
 
 def read_prefix(given: Given) -> Piece:
@@ -571,9 +583,13 @@ class Taken:
             new_W, new_b = add_fold(new_W, new_b, W, b, rows, [p for p in parts if p.site.rows == rows], 1.0)
         return new_W, new_b
 
+    def modules(self) -> list[str]:
+        """Paths of the base's modules."""
+        return [name for name, _ in self.tuned.model.named_modules() if name and "veneer" not in name.split(".")]
+
     def name_targets(self, paths: Sequence[str]) -> None:
         """`target_modules`: as remembered where that still picks these modules, else the shortest list that does."""
-        modules = [n for n, m in self.tuned.model.named_modules() if n and "veneer" not in n.split(".")]
+        modules = self.modules()
         before = self.remembered.get("target_modules")
         same = before and {m for m in modules if picks(before, m)} == set(paths)
         self.config["target_modules"] = before if same else short_targets(paths, modules)
@@ -655,10 +671,15 @@ def write_method(taken: Taken, parts: Mapping[int, list[Part]]) -> set[int]:
 # Low rank
 
 
+def quantised(part: Part) -> bool:
+    """Whether a quantised copy stands for the weight."""
+    return getattr(part.method, "start", None) == "loftq"
+
+
 def product(part: Part) -> tuple[Tensor, Tensor, float]:
     """A [r, in], B [out, r] and s of W + s · B A; as they are where the method holds just these."""
     p, method = part.tensors(), part.method
-    if "Q" in p:
+    if quantised(part):
         raise Unsupported(
             f"{method.label} at {part.site.name} stands on a quantised copy of the weight, which PEFT's file cannot hold; "
             "export it merged, or as_lora=True with a rank."
@@ -839,7 +860,7 @@ def write_as_lora(taken: Taken, parts: Mapping[int, list[Part]], rank: int | Non
 
 def as_product(taken: Taken, parts: Sequence[Part], rank: int | None) -> tuple[Tensor, Tensor, float]:
     """A [r, in], B [out, r] of the module's whole change, and the relative error; 0 where it is of low rank."""
-    if all(isinstance(p.method, LowRankMethod) and not {"Q", "b"} & set(p.tensors()) for p in parts):
+    if all(isinstance(p.method, LowRankMethod) and not quantised(p) and "b" not in p.tensors() for p in parts):
         made = []
         for p in parts:
             L, R = p.method.factors(p.tensors(), p.site)  # type: ignore[attr-defined]
@@ -884,8 +905,12 @@ def write_ia3(taken: Taken, groups: Grouped) -> None:
         taken.put(path, "ia3_l", l.reshape(1, -1, *(1,) * len(site.kernel)) if site.kind == "conv" else l[:, None])
     taken.name_targets(list(groups))
     before = taken.remembered.get("feedforward_modules")
-    same = before is not None and [p for p in groups if picks(before, p)] == inner
-    taken.config.update(feedforward_modules=before if same else short_targets(inner, groups) if inner else [], init_ia3_weights=True)
+    if before is None or [p for p in groups if picks(before, p)] != inner:
+        modules = taken.modules()
+        before = short_targets(inner, modules) if inner else []
+        rest = [p for p in groups if p not in inner]  # PEFT wants the one list to be a part of the other
+        taken.config["target_modules"] = sorted({*before, *(short_targets(rest, modules) if rest else ())})
+    taken.config.update(feedforward_modules=before, init_ia3_weights=True)
 
 
 def write_norms(taken: Taken, groups: Grouped) -> None:
@@ -907,6 +932,7 @@ def write_prompt(taken: Taken, groups: Grouped) -> None:
             "PEFT puts learned tokens before the first token, this adapter puts them after it (after_first); "
             "train with prompt-tuning(after_first=False) to share it with PEFT."
         )
+    check_first_position(taken.places, taken.task(), "export")
     P = part.method.tokens(part.tensors(), part.site)  # type: ignore[attr-defined]
     taken.tensors["prompt_embeddings"] = P
     taken.config.update(num_virtual_tokens=len(P), token_dim=P.shape[1], num_transformer_submodules=1, prompt_tuning_init="RANDOM")
@@ -990,7 +1016,7 @@ def write_module(taken: Taken, root: str, parts: Sequence[Part], prompt: bool) -
                 taken.tensors[f"{prefix}{path}.{key}"] = trained.get(f"{path}.{key}", t)
             if key == "bias" and taken.config.get("bias") == "all":  # then PEFT writes its two copies, too
                 inside = f"{path}.{key}".removeprefix(root)
-                taken.put(root, f"modules_to_save{inside}", trained.get(f"{path}.{key}", t))
+                taken.put(root, f"modules_to_save{'.default' * (path != root)}{inside}", trained.get(f"{path}.{key}", t))
                 taken.put(root, f"original_module{inside}", t)
 
 

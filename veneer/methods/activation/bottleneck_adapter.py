@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.nn.init import trunc_normal_
 
 from veneer.errors import BadValue
@@ -16,7 +16,7 @@ from veneer.method import ActivationMethod, Call, Params
 from veneer.option import option
 from veneer.site import Site, choose
 
-ACTS = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": lambda h: F.gelu(h, approximate="tanh"), "silu": F.silu, "tanh": F.tanh}
+ACTS: dict[str, Callable] = {"relu": F.relu, "gelu": F.gelu, "gelu_tanh": nn.GELU("tanh"), "silu": F.silu, "tanh": F.tanh}
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,8 @@ class PromptTuning(PromptMethod):
             return p
         self.check_ids(len(W))
         if self.start == "text":
-            ids = torch.tensor(self.text_ids).repeat(-(-self.length // len(self.text_ids)))[: self.length]
-            return {"P": W[ids.to(W.device)].clone()}
+            text = [self.text_ids[i % len(self.text_ids)] for i in range(self.length)]
+            return {"P": W[text].clone()}
         drawn = torch.randint(min(self.common, len(W)), (self.length,), generator=generator)
         P = W[drawn.to(W.device)].clone()
         for row, ids in enumerate(self.label_ids[: self.length] if self.start == "labels" else ()):
