@@ -83,6 +83,11 @@ def test_help_lists_every_command(argv: list[str], capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize("name", COMMANDS)
+def test_the_overview_says_what_the_command_says(name: str) -> None:
+    assert COMMANDS[name][1] == (program.command(name).__doc__ or "").splitlines()[0]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help_and_common_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "--help"]) == 0
     said = capsys.readouterr().out
@@ -299,6 +304,9 @@ def test_export_is_measured(place: Path, form: str, capsys: pytest.CaptureFixtur
     found = document(capsys, "export", str(place / "run"), "--to", form, "--out", str(place / form))
     assert found["difference"] <= found["tolerance"] and found["samples"] > 0
     assert any((place / form).iterdir())
+    if form == "peft":
+        back = document(capsys, "merge", str(place / "peft"), "--out", str(place / "back"))
+        assert back["difference"] <= back["tolerance"]
 
 
 def test_a_merged_model_needs_no_veneer(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

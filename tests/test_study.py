@@ -306,7 +306,7 @@ def runs(monkeypatch):
     table: dict = {"probe": 300, "lora(r=2)": 340, "lora(r=4)": 338, "ssf": {"error": "NaN loss at step 3."}}
     started = []
 
-    def run(recipe, *, again, progress, command):
+    def run(recipe, *, again, progress, command, said):
         started.append(recipe)
         found = table[recipe.method]
         if isinstance(found, BaseException):

@@ -37,6 +37,10 @@ def csv_rows(n: int, labels: str = "ab") -> str:
     return "\n".join(["text,label", *(f"sentence {i},{labels[i % len(labels)]}" for i in range(n))])
 
 
+def conversations(role: str) -> str:
+    return "\n".join(json.dumps({"messages": [{"role": role, "content": f"hi {i}"}]}) for i in range(12))
+
+
 # -- mistakes ---------------------------------------------------------------------------------------------------
 
 MISTAKES: list[tuple[str, dict[str, str | bytes], str, dict[str, Any], type[VeneerError], list[str]]] = [
@@ -73,7 +77,7 @@ MISTAKES: list[tuple[str, dict[str, str | bytes], str, dict[str, Any], type[Vene
     ),
     (
         "numbers that are none",
-        {"d.csv": "text,score\n" + "x,0.5\n" * 20 + "y,high\n"},
+        {"d.csv": "text,score\n" + "".join(f"x{i},0.5{i}\n" for i in range(20)) + "y,high\n"},
         "d.csv",
         {"task": "text-regression"},
         BadValue,
@@ -83,7 +87,7 @@ MISTAKES: list[tuple[str, dict[str, str | bytes], str, dict[str, Any], type[Vene
     ("folder of nothing", {"d/readme.md": ""}, "d", {}, BadFile, ["neither"]),
     (
         "messages without an answer",
-        {"d.jsonl": '{"messages": [{"role": "user", "content": "hi"}]}\n' * 12},
+        {"d.jsonl": conversations("user")},
         "d.jsonl",
         {},
         BadValue,
@@ -91,7 +95,7 @@ MISTAKES: list[tuple[str, dict[str, str | bytes], str, dict[str, Any], type[Vene
     ),
     (
         "unknown role",
-        {"d.jsonl": '{"messages": [{"role": "bot", "content": "hi"}]}\n' * 12},
+        {"d.jsonl": conversations("bot")},
         "d.jsonl",
         {},
         BadValue,
@@ -202,7 +206,7 @@ def test_splits_are_disjoint_complete_and_always_the_same(n: int, copies: int) -
     cut = split(Data("d", {"train": Table(rows, "d")}), "text")
     again = split(Data("d", {"train": Table(list(rows), "d")}), "text")
     parts = [[row["id"] for row in table.rows] for _, table in cut.items()]
-    assert sorted(sum(parts, [])) == list(range(n * copies))
+    assert sorted(i for part in parts for i in part) == list(range(n * copies))
     assert parts == [[row["id"] for row in table.rows] for _, table in again.items()]
     texts = [{row["text"] for row in table.rows} for _, table in cut.items()]
     assert not (texts[0] & texts[1] or texts[0] & texts[2] or texts[1] & texts[2])
@@ -360,7 +364,7 @@ def test_sums_in_drawn_answers_are_right() -> None:
 
     checked = 0
     for row in problems(each=3, seed=random.randrange(100)):
-        for left, right in re.findall(r"(?<![\w./$%])(\d+(?: ?[+*] ?\d+)+) ?= ?(\d+(?:\.\d+)?)(?![\w/.,])", row["answer"]):
+        for left, right in re.findall(r"(?:^|(?<=[a-z:] ))(\d+(?: ?[+*] ?\d+)+) ?= ?(\d+(?:\.\d+)?)(?![\w/.,])", row["answer"], re.M):
             assert evaluate(left, {}) == Fraction(right), row
             checked += 1
     assert checked > 20
@@ -371,5 +375,8 @@ def test_sums_in_drawn_answers_are_right() -> None:
 
 def test_checking_data_needs_no_torch(tmp_path: Path) -> None:
     source = write(tmp_path / "d.csv", csv_rows(40))
-    code = "import sys; from veneer.tasks.task import prepare; prepare(sys.argv[1]); assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
+    code = (
+        "import sys; from veneer.tasks.task import prepare; prepare(sys.argv[1])\n"
+        "assert not {'torch', 'numpy', 'transformers'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code, source], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})

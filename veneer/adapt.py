@@ -18,7 +18,7 @@ from veneer.errors import BadValue, NoMatch, UnknownName, Unsupported, VeneerErr
 from veneer.forms import form_of, is_quantised, read_from_outside
 from veneer.layer import LAYERS, Frozen, Part, Slot, Tensors, adapt, compute_dtype, restore, slot_of
 from veneer.method import Method, Params, replaced
-from veneer.route import Route
+from veneer.route import Active, Route
 from veneer.site import Site, matches, tokens_of
 from veneer.strategy import Strategy
 
@@ -238,9 +238,8 @@ class Tuned:
             for index, (part, found, source) in enumerate(planned):
                 self._place(adapter, index, part, found, source)
             if not adapter.trained():
-                raise NoMatch(
-                    f"{adapter.method.label}: the {len(adapter.parts)} sites chosen have nothing to train; choose other targets or another method."
-                )
+                count = len(adapter.parts)
+                raise NoMatch(f"{adapter.method.label}: the {count} sites chosen have nothing to train; choose other targets or another method.")
         except BaseException:
             self._drop(adapter)
             raise
@@ -357,6 +356,7 @@ class Tuned:
             self.route.rows, self.route.active = tuple(per_row), ()
         else:
             assert given is not None
+            active: Active
             if isinstance(given, str):
                 active = ((given, 1.0),)
             elif isinstance(given, Mapping):
@@ -458,10 +458,10 @@ class Tuned:
         total = 0
         for name, p in self.model.named_parameters():
             if "veneer" not in name.split("."):
-                module = self.model.get_submodule(name.rpartition(".")[0])
+                module: Any = self.model.get_submodule(name.rpartition(".")[0])
                 packed = is_quantised(module) and name.endswith("weight")
-                total += module.in_features * module.out_features if packed else p.numel()  # type: ignore[operator]
-        return int(total)
+                total += module.in_features * module.out_features if packed else p.numel()
+        return total
 
     # -- training -------------------------------------------------------------------------------------------
 
@@ -679,7 +679,7 @@ class Fresh(Source):
         p = self._first(method, site)
         p.update(self.starts.get((self.index, site.name), {}))
         p = {k: t.to(like.dtype) if t.is_floating_point() else t for k, t in p.items()}
-        if type(method).init_from_weight is Method.init_from_weight:
+        if not method.reads_weight:
             return p
         with torch.no_grad():
             return self._from_weight(method, site, module, slot, p, shared)
@@ -733,7 +733,7 @@ def _keep_trainable(module: nn.Module) -> None:
         return
     module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     weight: Any = module.weight
-    state = getattr(weight, "quant_state", None)
+    state: Any = getattr(weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
         from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpacked
 

@@ -119,15 +119,15 @@ class EmbeddingForm(Form):
         return self.raw(module).detach().t()
 
     def apply(self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-        own = module._parameters["weight"]
-        y = F.embedding(x, W.t(), module.padding_idx, module.max_norm, module.norm_type, module.scale_grad_by_freq)
-        if own is not None:
-            y = y.to(own.dtype)
-        y = y * scale if (scale := getattr(module, "embed_scale", None)) is not None else y
+        own: Any = module
+        y = F.embedding(x, W.t(), own.padding_idx, own.max_norm, own.norm_type, own.scale_grad_by_freq).to(own.weight.dtype)
+        scale = getattr(module, "embed_scale", None)
+        y = y if scale is None else y * scale
         return y if b is None else y + b
 
     def low_rank(self, module: nn.Module, y: Tensor, x: Tensor, L: Tensor, R: Tensor) -> Tensor:
-        term = F.embedding(x, R.t(), module.padding_idx) @ L.t()
+        own: Any = module
+        term = F.embedding(x, R.t(), own.padding_idx) @ L.t()
         scale = getattr(module, "embed_scale", None)
         return y + (term if scale is None else term * scale).to(y.dtype)
 

@@ -527,7 +527,7 @@ def reading(name: str) -> property:
 
 
 @functools.cache
-def adapted_class(base: type, properties: frozenset[str] = frozenset()) -> type:
+def adapted_class(base: Any, properties: frozenset[str] = frozenset()) -> type:
     """The subclass of `base` that consults adapters; parameters in `properties` are read through them."""
     body: dict[str, Any] = {name: reading(name) for name in sorted(properties)}
     body.update(
@@ -560,7 +560,8 @@ def slot_of(module: nn.Module, route: Route) -> Slot:
 def adapt(module: nn.Module, route: Route, sites: Sequence[Site]) -> Slot:
     """Swaps the module's class (once; again if more parameters must be read through properties) and returns its slot."""
     properties = properties_for(module, sites)
-    base, slot = type(module), slot_of(module, route)
+    base: Any = type(module)
+    slot = slot_of(module, route)
     if isinstance(module, Adapted):
         present = frozenset(n for n, v in vars(base).items() if isinstance(v, property))
         if not properties <= present:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Generator, Tensor
@@ -122,13 +122,21 @@ class Method:
 
     def init_from_weight(self, W: Tensor, b: Tensor | None, p: Params, site: Site, generator: Generator) -> Params:
         """The site's tensors once the frozen weight is known (norms, decompositions, copies). Override only if needed:
-        the frame reads (and dequantises) weights at attach only for methods that do."""
+        the frame reads (and dequantises) weights at attach only for methods that do, and whose `reads_weight` holds."""
         return p
+
+    @property
+    def reads_weight(self) -> bool:
+        """Whether these hyper-parameters need `init_from_weight`."""
+        return type(self).init_from_weight is not Method.init_from_weight
 
     trains_heads: ClassVar[bool] = False
     """True for the one method that trains a model's own task head beside any other method."""
 
-    calibrates: ClassVar[bool] | bool = False
+    default_lr: ClassVar[float] = 1e-3
+    """Learning rate for AdamW when the user gives none."""
+
+    calibrates = False
     """True (also as a property of the hyper-parameters) if the start needs inputs from data: `observe` and `settle`."""
 
     def observe(self, state: Any, x: Tensor, site: Site) -> Any:
@@ -184,7 +192,7 @@ class Method:
     def spec(self) -> str:
         """The method as `veneer.parse` reads it: slug and the hyper-parameters that differ from the defaults."""
         shown = []
-        for f in sorted(dataclasses.fields(self), key=lambda f: f.kw_only):
+        for f in sorted(dataclasses.fields(self), key=lambda f: f.kw_only is True):
             value = getattr(self, f.name)
             if value != f.default:
                 shown.append(f"{f.name}={value!r}")
@@ -213,7 +221,7 @@ class WeightMethod(Method):
 class LowRankMethod(WeightMethod):
     """W_eff = W + L R. Give `factors`; the fused forward and backward never form L R."""
 
-    dropout: ClassVar[float] | float = 0.0
+    dropout = 0.0  # not annotated: a method's own field of this name must keep its place among the arguments
 
     def factors(self, p: Params, site: Site | None = None) -> tuple[Tensor, Tensor]:
         """L [out, r] and R [r, in]; scales are already in them."""
@@ -265,10 +273,10 @@ class PromptMethod(Method):
         """For one attention module: keys and values, each [P, kv_heads · head_dim], as they enter the product."""
         raise NotImplementedError
 
-    after_first: ClassVar[bool | None] | bool | None = None
+    after_first = cast("bool | None", None)
     """Input prompts: insert after the first token instead of before it; None: after it in encoders (whose
     first token is pooled), before it in decoders."""
-    shift_positions: ClassVar[bool | None] | bool | None = None
+    shift_positions = cast("bool | None", None)
     """Attention prompts: start the text at position P instead of 0; None: in decoders only."""
 
 
@@ -309,4 +317,4 @@ def replaced(method: Method, changes: Mapping[str, Any]) -> Method:
 
 def options_of(cls: type[Method]) -> Iterable[dataclasses.Field]:
     """The hyper-parameter fields of a method class, own ones first."""
-    return sorted(dataclasses.fields(cls), key=lambda f: f.kw_only)
+    return sorted(dataclasses.fields(cls), key=lambda f: f.kw_only is True)

@@ -213,7 +213,7 @@ def shifting_keys(slot: Slot, active: Active) -> Tensor | None:
 
 def first_position(module: nn.Module) -> int:
     """Position id of the first token: RoBERTa-like tables start behind the padding index."""
-    tables = getattr(module, "embeddings", None)
+    tables: Any = getattr(module, "embeddings", None)
     return int(tables.padding_idx) + 1 if hasattr(tables, "create_position_ids_from_input_ids") else 0
 
 
@@ -283,7 +283,7 @@ def attention(implementation: str) -> Callable[..., Any]:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
         below = eager if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
-        slot = module._modules.get("veneer")
+        slot: Any = module._modules.get("veneer")
         if slot is None or not slot.route.on or not slot.has(("attention",)):
             if implementation == "eager" and attention_mask is None and is_causal(module, kwargs) and query.shape[2] > 1:
                 attention_mask = widened_mask(None, None, True, (0, query.shape[2], key.shape[2]), query)

@@ -69,6 +69,10 @@ class Started(LowRankMethod):
         }
         return {name: zeros(shape) for name, shape in shapes.get(self.start, {}).items()}
 
+    @property
+    def reads_weight(self) -> bool:
+        return self.start in ("pissa", "olora", "loftq")
+
     def init_from_weight(self, W: Tensor, b: Tensor | None, p: Params, site: Site, generator: Generator) -> Params:
         flat = W.flatten(1)
         if self.start == "loftq":

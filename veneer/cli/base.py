@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from veneer.cli.folder import facts_of
+from veneer.cli.folder import PEFT_WEIGHTS, facts_of, header
 from veneer.errors import BadFile, BadValue
 from veneer.train.outcome import RUN_FILE
 from veneer.train.recipe import check_model
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+
+PEFT_TASKS = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
+"""Task types in PEFT's files → the class of transformers that they were made for."""
 
 
 def base_name(folder: Path, model: str | None) -> str:
@@ -35,17 +46,35 @@ def load_base(folder: Path, model: str | None = None) -> nn.Module:
 
         return rebuild(run, adapter=False)[0]
     import transformers
+    from transformers.utils import logging
 
     from veneer.assets import resolve
     from veneer.tasks.task import load_failed
 
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     facts, name = facts_of(folder), base_name(folder, model)
-    cls: Any = getattr(transformers, str((facts.get("base") or {}).get("class")), transformers.AutoModel)
-    heads = [s["out"] for s in facts.get("sites") or [] if s.get("role") == "head" and cls.__name__.endswith("Classification")]
+    cls: Any = getattr(transformers, _class_name(facts), transformers.AutoModel)
+    labels = _labels(folder, facts) if "Classification" in cls.__name__ else None
     try:
-        return cls.from_pretrained(resolve(name), **({"num_labels": heads[0]} if heads else {})).eval()
+        return cls.from_pretrained(resolve(name), **({"num_labels": labels} if labels else {})).eval()
     except (OSError, ValueError) as error:
         raise load_failed(name, error) from error
+
+
+def _class_name(facts: dict[str, Any]) -> str:
+    """The class of transformers that the adapter was made for."""
+    if "peft" in facts:
+        return PEFT_TASKS.get(str(facts["peft"].get("task_type")), "AutoModel")
+    return str((facts.get("base") or {}).get("class"))
+
+
+def _labels(folder: Path, facts: dict[str, Any]) -> int | None:
+    """Number of classes of the task head that is saved with the adapter; None if none is."""
+    if "peft" not in facts:
+        return next((s["out"] for s in facts.get("sites") or [] if s.get("role") == "head"), None)
+    heads = [t["shape"][0] for n, t in header(folder / PEFT_WEIGHTS)[0].items() if re.search(r"(classifier|score)\b.*weight$", n)]
+    return heads[-1] if heads else None
 
 
 def processor_of(name: str) -> Any:

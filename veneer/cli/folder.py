@@ -13,6 +13,7 @@ from veneer.errors import BadFile
 from veneer.study import format
 
 WEIGHTS = "adapter.safetensors"
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 HEADER_LIMIT = 100_000_000
 """Largest header that is read, in bytes: the limit of the safetensors format."""
 
@@ -42,8 +43,8 @@ def facts_of(folder: Path) -> dict[str, Any]:
 
     Raises `BadFile` if there is no adapter, or one that is not whole.
     """
-    if not (folder / WEIGHTS).exists() and (folder / "adapter_config.json").exists():
-        config = _json(folder / "adapter_config.json", (folder / "adapter_config.json").read_text("utf-8"))
+    if not (folder / WEIGHTS).exists() and (folder / PEFT_CONFIG).exists():
+        config = _json(folder / PEFT_CONFIG, (folder / PEFT_CONFIG).read_text("utf-8"))
         return {"peft": config, "base": {"name": config.get("base_model_name_or_path")}}
     if not (folder / WEIGHTS).exists():
         inside = sorted(str(p.parent) for p in folder.glob(f"*/{WEIGHTS}"))[:3]
@@ -121,7 +122,7 @@ def _said(value: Any) -> str:
 def _foreign(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
     """An adapter in Hugging Face PEFT's format."""
     config = facts["peft"]
-    tensors, _ = header(existing(folder / "adapter_model.safetensors", "The adapter"))
+    tensors, _ = header(existing(folder / PEFT_WEIGHTS, "The adapter"))
     count = sum(_elements(t["shape"]) for t in tensors.values())
     print(f"{folder}\n  format    Hugging Face PEFT, {config.get('peft_type', 'of unknown type')}")
     print(f"  base      {config.get('base_model_name_or_path')}\n  stored    {format.count(count)} numbers in {len(tensors)} tensors")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,19 +12,19 @@ from veneer.cli.output import OK, answer, fail, version
 from veneer.errors import UnknownName, VeneerError, nearest
 
 COMMANDS = {
-    "train": "train",
-    "compare": "compare",
-    "evaluate": "use",
-    "predict": "use",
-    "merge": "export",
-    "export": "export",
-    "inspect": "folder",
-    "methods": "methods",
-    "show": "methods",
-    "anatomy": "anatomy",
-    "doctor": "doctor",
+    "train": ("train", "Adapt a model to data. The same command goes on with an interrupted run."),
+    "compare": ("compare", "Train several methods on the same data and show which one won."),
+    "evaluate": ("use", "Measure a finished run on its test rows or on other data."),
+    "predict": ("use", "Answer bare inputs with a finished run."),
+    "merge": ("export", "Write the adapter into the model's weights: a plain model that needs no veneer."),
+    "export": ("export", "Write an adapter in another form: Hugging Face PEFT's, veneer's, or merged into the model."),
+    "inspect": ("folder", "Show what an adapter's folder holds: method, base model, sites, sizes, training."),
+    "methods": ("methods", "List the methods."),
+    "show": ("methods", "Show one method: formula, tensors, hyper-parameters, and the count for a model."),
+    "anatomy": ("anatomy", "Print a model's tree of roles with shapes."),
+    "doctor": ("doctor", "Check the installation: versions, builds that do not fit, devices, carriers of models and data."),
 }
-"""Command → the module of this package that holds the function of the same name."""
+"""Command → the module of this package that holds the function of the same name, and what it does: `--help` imports none of them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +52,7 @@ def command(name: str) -> Callable[..., Any]:
     """The function behind a command; its module is imported only now. Raises `UnknownName` with the nearest commands."""
     if name not in COMMANDS:
         raise UnknownName(f"There is no command {name!r}.{nearest(name, COMMANDS)} `veneer --help` lists them all.")
-    return getattr(importlib.import_module(f"veneer.cli.{COMMANDS[name]}"), name)
+    return getattr(importlib.import_module(f"veneer.cli.{COMMANDS[name][0]}"), name)
 
 
 def quiet() -> None:
@@ -66,7 +65,7 @@ def quiet() -> None:
 
 def overview() -> str:
     """What `veneer --help` prints."""
-    lines = [f"  {name:<10}{(inspect.getdoc(command(name)) or '').splitlines()[0]}" for name in COMMANDS]
+    lines = [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: veneer COMMAND …",

@@ -112,11 +112,12 @@ def compare(
     for recipe in plan:
         recipe.check()
     outcomes: list[dict[str, Any]] = []
+    said: set[str] = set()
     study = Study(folder, {})
     for done, recipe in enumerate(plan):
         if progress:
             print(f"\n[{done + 1}/{len(plan)}] {recipe.method}", flush=True)
-        outcomes.append(_run(recipe, again=again, progress=progress, command=command))
+        outcomes.append(_run(recipe, again=again, progress=progress, command=command, said=said))
         study.data = gather(plan, outcomes, title=title, subtitle=subtitle, references=references, facts=facts, metric=metric)
         study.write(pictures=done == len(plan) - 1)
     return study
@@ -216,8 +217,11 @@ def _folder_name(label: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-")[:80] or "run"
 
 
-def _run(recipe: Recipe, *, again: bool, progress: bool, command: str | None) -> dict[str, Any]:
-    """One run in a fresh process → its outcome as a dict, or {"error": …}. A finished run is only read."""
+def _run(recipe: Recipe, *, again: bool, progress: bool, command: str | None, said: set[str]) -> dict[str, Any]:
+    """One run in a fresh process → its outcome as a dict, or {"error": …}. A finished run is only read.
+
+    `said` collects the lines that the runs printed, so that none prints what stands there already.
+    """
     from veneer.train.interrupt import Interrupted
 
     finished = None if again else _finished(recipe)
@@ -227,13 +231,22 @@ def _run(recipe: Recipe, *, again: bool, progress: bool, command: str | None) ->
         return finished
     with tempfile.TemporaryDirectory(prefix="veneer-") as work:
         result, request = Path(work) / "result.json", Path(work) / "request.json"
-        asked = {"recipe": recipe.settings, "again": again, "progress": progress, "command": command, "result": str(result)}
+        asked = {
+            "recipe": recipe.settings,
+            "again": again,
+            "progress": progress,
+            "command": command,
+            "said": sorted(said),
+            "result": str(result),
+        }
         request.write_text(json.dumps(asked), encoding="utf-8")
         code = _wait(subprocess.Popen([sys.executable, "-m", "veneer.study.worker", str(request)], process_group=0))
-        found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else None
+        found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {"outcome": None, "said": []}
+    said.update(found["said"])
+    outcome = found["outcome"]
     if code in (130, -signal.SIGINT):
-        raise Interrupted(found["error"] if found else f"Interrupted.\nTo go on: {command or 'the same command'}")
-    return found or {"error": f"The run ended with exit code {code} and left no result; its log is in {recipe.folder}.", "code": code}
+        raise Interrupted(outcome["error"] if outcome else f"Interrupted.\nTo go on: {command or 'the same command'}")
+    return outcome or {"error": f"The run ended with exit code {code} and left no result; its log is in {recipe.folder}.", "code": code}
 
 
 def _finished(recipe: Recipe) -> dict[str, Any] | None:

@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 # Comparable budgets: LoRA (24 matrices of 384 × 384, rank 3), WeGeFT (4 shared pairs, rank 18) and prefix tuning (6 layers,
 # 12 keys and values) all train exactly 55,296 numbers; SSF has no size to choose and trains 51,456 on this encoder.
 # Learning rates differ by nature: each is the best of three tried on the validation sentences with seed 1.
-PROBE = ("probe", 5e-3)
+PROBE = ("probe", 1e-2)
 METHODS = (
-    ("lora(r=3, targets='attn.q attn.k attn.v attn.o')", 2e-3),
+    ("lora(r=3, targets='attn.q attn.k attn.v attn.o')", 3e-3),
     ("wegeft(r=18, targets='attn.q attn.k attn.v attn.o')", 2e-3),
-    ("ssf", 1e-2),
+    ("ssf", 5e-3),
     ("prefix-tuning(length=12)", 1e-2),
 )
 COMMAND = "make demo"

@@ -1,6 +1,7 @@
 """One run in a process of its own: `python -m veneer.study.worker request.json`. Started by `compare`, not by people.
 
-The request holds `recipe` (its settings), `again`, `progress`, `command` and `result`, the file that the outcome goes to.
+The request holds `recipe` (its settings), `again`, `progress`, `command`, `said` (lines that earlier runs printed, which are
+not printed again) and `result`, the file that the outcome and the lines go to.
 """
 
 from __future__ import annotations
@@ -23,17 +24,26 @@ def main(request_file: str) -> int:
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     _end_with_parent()
     result = Path(request["result"])
+    said: list[str] = []
+
+    def say(line: str) -> None:
+        said.append(line)
+        if line not in request["said"]:
+            print(line, flush=True)
+
     try:
         from veneer.train.recipe import Recipe
         from veneer.train.run import train
 
-        outcome = train(Recipe(**request["recipe"]), again=request["again"], progress=request["progress"], command=request["command"])
+        outcome = train(
+            Recipe(**request["recipe"]), again=request["again"], progress=request["progress"], say=say, command=request["command"]
+        )
     except VeneerError as error:
-        replace_text(result, json.dumps({"error": str(error), "code": error.code}))
+        replace_text(result, json.dumps({"outcome": {"error": str(error), "code": error.code}, "said": said}))
         return error.code
     except KeyboardInterrupt:
         return 130
-    replace_text(result, json.dumps(outcome.as_json()))
+    replace_text(result, json.dumps({"outcome": outcome.as_json(), "said": said}))
     return 0
 
 

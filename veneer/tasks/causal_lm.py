@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from veneer.errors import BadValue
 from veneer.tasks.data import Row, Table
-from veneer.tasks.metric import Measured, bootstrap
+from veneer.tasks.metric import Measured, Metric, bootstrap
 from veneer.tasks.task import Options, Task, check_text, load_failed, text_columns
 
 if TYPE_CHECKING:
@@ -74,8 +74,8 @@ class CausalLM(Task):
 
     def measure(self, kept: np.ndarray, rows: Sequence[Row]) -> Measured:
         loss = bootstrap(lambda parts: float(parts[:, 0].sum() / max(parts[:, 1].sum(), 1)), kept)
-        perplexity = type(loss)(*(math.exp(min(x, 700.0)) for x in (loss.value, loss.low, loss.high)), loss.n)
-        return Measured({"loss": loss, "perplexity": perplexity})
+        value, low, high = (math.exp(min(x, 700.0)) for x in (loss.value, loss.low, loss.high))
+        return Measured({"loss": loss, "perplexity": Metric(value, low, high, loss.n)})
 
     def predict(self, model: nn.Module, processor: Any, inputs: Sequence[Any], batch_size: int = 8) -> list[dict[str, Any]]:
         """Continuations of the given texts."""

@@ -314,8 +314,8 @@ def split(data: Data, key: str, limits: tuple[int | None, int | None, int | None
     for name, table in tables.items():
         if not table.rows:
             raise BadFile(f"{data.source}: the {name} split is empty. Give at least 10 rows, or a folder with train, validation and test.")
-    capped = [_cap(tables[name], limit) for name, limit in zip(("train", "validation", "test"), limits)]
-    return Splits(*capped, note="; ".join(notes) or "the data's own splits")
+    train, validation, test = (_cap(tables[name], limit) for name, limit in zip(("train", "validation", "test"), limits))
+    return Splits(train, validation, test, "; ".join(notes) or "the data's own splits")
 
 
 def _cut(table: Table, key: str, parts: int) -> list[Table]:

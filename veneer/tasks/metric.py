@@ -42,7 +42,7 @@ def proportion(right: int, n: int) -> Metric:
     share, z2 = right / n, Z95**2
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     reach = Z95 / (1 + z2 / n) * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n))
-    return Metric(share, max(0.0, middle - reach), min(1.0, middle + reach), n)
+    return Metric(share, 0.0 if right == 0 else middle - reach, 1.0 if right == n else middle + reach, n)
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], rows: Sequence | np.ndarray, seed: int = 0) -> Metric:

@@ -42,7 +42,7 @@ class TextTask(Task):
         return loaded, tokenizer
 
     def _tokens(self, rows: Sequence[Row], tokenizer: Any) -> list[dict[str, Any]]:
-        text, pair = self.options.text, self.options.pair
+        text, pair = self.options.text or "text", self.options.pair
         limit = min(self.options.max_length or MAX_LENGTH, tokenizer.model_max_length)
         first = [row[text] for row in rows]
         second = [row[pair] for row in rows] if pair else None

@@ -83,7 +83,7 @@ def problems(language: str = "eng", each: int = 10, seed: int = 0) -> list[Row]:
     from veneer.assets import word_problem_templates
 
     templates, words = word_problem_templates(language)
-    rows = []
+    rows: list[Row] = []
     for number, template in enumerate(templates):
         pairs = {_tidy(template["question"]): _tidy(template["answer"])}
         chance = random.Random(f"{seed}/{number}")

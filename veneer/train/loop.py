@@ -205,7 +205,7 @@ class RunTrainer(AdapterTrainer):
             self.callback.close()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
-        rows = train_dataset or self.train_dataset
+        rows: Any = train_dataset or self.train_dataset
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * max(1, self.args.world_size)
         return SimilarLengths(rows.lengths, batch, self.args.seed)
 

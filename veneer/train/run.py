@@ -207,8 +207,10 @@ class Run:
             use_cpu=device == "cpu",
             bf16=precision == "bf16",
             fp16=precision == "fp16",
-            **({"gradient_checkpointing": True} if recipe.checkpointing else {}),
         )
+        if recipe.checkpointing:
+            # set on the arguments only when wanted: the Trainer renames this setting and warns about it in every run
+            setattr(args, "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing", True)
         if os.environ.get("WORLD_SIZE") is None:
             args._n_gpu = min(args.n_gpu, 1)  # several GPUs are used under torchrun or accelerate, not by threads
         callback = RunCallback(
@@ -364,8 +366,9 @@ def load(recipe: Recipe, task: Task, device: str, precision: str) -> tuple[Any, 
     set_seed(recipe.seed)  # a fresh head is drawn here
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     model, processor = task.load(recipe.model, dtype=dtype)
-    if getattr(model.config, "use_cache", None):
-        model.config.use_cache = False
+    config: Any = model.config
+    if getattr(config, "use_cache", None):
+        config.use_cache = False
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     return model.to(device), processor

@@ -36,6 +36,7 @@ class PrefixTuning(PromptMethod):
     std: float = option(0.02, "standard deviation of the flat start", ge=0)
     shift_positions: bool | None = option(None, "start the text behind the prefix; None: in decoders")
 
+    default_lr = 1e-2
     default_targets = "attn"
     kinds = ("attention",)
     aliases = {"P": "length", "num_virtual_tokens": "length", "prefix_length": "length", "encoder_hidden_size": "mid"}

@@ -36,6 +36,7 @@ class PromptTuning(PromptMethod):
     label_ids: tuple[tuple[int, ...], ...] = option((), "token ids of each label")
     after_first: bool | None = option(None, "insert after the first token; None: in encoders")
 
+    default_lr = 1e-2
     default_targets = "model"
     aliases = {"Pn": "length", "num_virtual_tokens": "length", "prompt_length": "length", "init": "start"}
     limits = {

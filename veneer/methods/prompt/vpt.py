@@ -36,6 +36,7 @@ class VPT(PromptMethod):
     dropout: float = option(0.0, "dropout on the prompts, in training", ge=0, lt=1)
     patch: int = option(16, "side of a patch in pixels", ge=1)
 
+    default_lr = 1e-2
     default_targets = "block"
     kinds = ("block",)
     aliases = {"p": "length", "num_tokens": "length"}

@@ -23,6 +23,7 @@ class Full(SelectionMethod):
     share is trained as two.
     """
 
+    default_lr = 2e-5
     default_targets = ".*"
 
     def init(self, site: Site, generator: Generator) -> Params:

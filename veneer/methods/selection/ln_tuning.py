@@ -22,6 +22,7 @@ class LNTuning(SelectionMethod):
     A part of the norms is chosen with targets, such as "norm.attn".
     """
 
+    default_lr = 3e-3
     default_targets = "norm"
     kinds = ("norm",)
     limits = {

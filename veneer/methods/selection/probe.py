@@ -17,5 +17,6 @@ class Probe(Full):
     Tensors: weight [classes, in], bias [classes], copied from the head the model has.
     """
 
+    default_lr = 5e-3
     default_targets = "head"
     trains_heads = True

@@ -34,6 +34,7 @@ class WeGeFT(WeightMethod):
     share: str = option("type", "one pair for all layers of a role, for all, or for each", choices=("type", "all", "none"))
     transform: str = option("input", "side of the layer that is edited", choices=("input", "output"))
     positions: tuple[int, int] | None = option(None, "numbers of first and last tokens that are edited; None: all")
+    default_lr = 2e-3
     default_targets = "attn.q attn.v attn.qkv cross.q cross.v"
     aliases = {"init": "start", "transform_dim": "transform", "rank": "r"}
 
