@@ -149,6 +149,15 @@ def test_under_json_only_the_document_goes_to_stdout(capsys: pytest.CaptureFixtu
     assert json.loads(captured.out) == {"a": None, "b": "x", "c": [1, 2]} and captured.err == "for people\n"
 
 
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    command = [sys.executable, "-m", "veneer.cli.main", "methods"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 0
+
+
 @pytest.mark.parametrize("argv", [["trian"], ["show"], ["show", "lorra"], ["train", "--modle", "x"], ["inspect", "nowhere"]])
 def test_mistakes_under_json_are_documents(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     found = document(capsys, *argv, code=2)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
-import httpx
 import huggingface_hub
 import pytest
 import torch
@@ -143,7 +143,20 @@ def test_results_of_the_training_are_told_and_missing_ones_too():
     text = hub.model_card({**about, "training": {"steps": 7, "metrics": {"f1": 0.5}}})
     assert "Optimiser steps: 7" in text and "| f1 | 0.5 |" in text
     assert "cannot be merged" in hub.model_card({**about, "spec": "prefix-tuning"})
-    assert "its code is needed" in hub.model_card({**about, "spec": "lora + my-own"})
+
+
+def test_a_method_of_the_users_own_is_named_as_such():
+    from veneer import registry
+
+    @veneer.register(slug="twice")
+    class Twice(veneer.WeightMethod):
+        """W_eff = 2 W"""
+
+    try:
+        text = hub.model_card({"spec": "twice", "base": {"name": "a/b", "class": "Net"}, "sites": [], "trained": 10})
+        assert "Its code is not part of veneer" in text
+    finally:
+        registry._registered.pop("twice")
 
 
 @pytest.mark.parametrize("path", ["/home/someone/models/tiny", r"C:\models\tiny", "./tiny", "~/tiny"])
@@ -168,7 +181,7 @@ def test_names_that_are_none(there, repo):
 
 
 def response(status):
-    return httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co"))
+    return SimpleNamespace(status_code=status, headers={}, request=None)
 
 
 FAILURES = {

@@ -27,7 +27,8 @@ from transformers import (
 
 import veneer
 from veneer.errors import BadFile, BadValue, Mismatch, Unsupported
-from veneer.tools.peft_format import CHANGES_THE_MATHS, load_peft, save_peft
+from veneer.tools.peft_format import load_peft, save_peft
+from veneer.tools.peft_read import CHANGES_THE_MATHS
 
 peft = pytest.importorskip("peft")
 

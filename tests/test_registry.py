@@ -148,7 +148,8 @@ def test_options_are_checked(third_party: str) -> None:
 def test_a_method_file_that_cannot_be_read_says_where(third_party: str, old: str, new: str, message: str) -> None:
     path = registry._places()[third_party].path
     path.write_text(path.read_text().replace(old, new, 1))
-    registry._tree.cache_clear()
+    for cached in (registry._tree, registry._classes, registry._imports):
+        cached.cache_clear()
     with pytest.raises(BadFile, match=f"twice_over.py.*{message}"):
         registry.card(third_party)
 

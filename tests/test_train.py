@@ -375,3 +375,35 @@ def test_mistakes_are_told_before_torch_is_loaded(tiny_bert: Path, tmp_path: Pat
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", code, str(tiny_bert), str(bad)], check=True, env=env, cwd=tmp_path)
+
+
+def test_trl_trains_with_the_same_mixin(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    import datasets
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    import veneer
+    from veneer.train import AdapterTrainerMixin
+
+    class Mine(AdapterTrainerMixin, trl.SFTTrainer):
+        pass
+
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(["[UNK]", "</s>", *"abcdefgh"])}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", eos_token="</s>", pad_token="</s>")
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=10, **sizes))
+    tuned = veneer.attach(model, "lora(r=2)")
+    before = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    rows = datasets.Dataset.from_dict({"text": ["a b c d", "e f g h a"] * 8})
+    config = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=3, save_steps=3, report_to="none", use_cpu=True, bf16=False, disable_tqdm=True
+    )
+    Mine(model=model, args=config, train_dataset=rows, processing_class=tokenizer).train()
+    assert any(bool(p.any()) for name, p in model.named_parameters() if p.requires_grad and name.endswith("B"))
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
+    assert (tmp_path / "checkpoint-3" / "adapter.safetensors").is_file() and not list(tmp_path.rglob("model.safetensors"))
+    assert tuned.active == ["default"]

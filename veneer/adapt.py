@@ -98,6 +98,7 @@ def attach(
     check_name(name, tuned)
     sites = anatomy.sites(model, roles)
     chosen = _choose(method, sites, head, allow_unmatched)
+    _check_overrides(overrides or {}, chosen)
     method = _stacked([part for part, _ in chosen])
     planned = [(part, [_special(part, site, overrides) for site in found]) for part, found in chosen]
     starts: dict[tuple[int, str], Params] = {}
@@ -137,12 +138,12 @@ def tuned_of(model: nn.Module) -> Tuned:
 
 def check_name(name: str, tuned: Tuned) -> None:
     """Raises `BadValue` for a name that is taken or that a module cannot have."""
-    if not name.isidentifier() or hasattr(Slot, name) or hasattr(nn.Module(), name):
+    if name in tuned.adapters:
+        raise BadValue(f"attach: an adapter named {name!r} is already attached; choose another name or call remove({name!r}) first.")
+    if not name.isidentifier() or hasattr(Slot(nn.Module(), tuned.route, nn.Linear.forward), name):
         raise BadValue(
             f"attach: the adapter name {name!r} must be a plain word of letters, digits and underscores, such as 'default' or 'french'."
         )
-    if name in tuned.adapters:
-        raise BadValue(f"attach: an adapter named {name!r} is already attached; choose another name or call remove({name!r}) first.")
 
 
 def _choose(method: Method, sites: Sequence[Site], head: bool | str, allow_unmatched: bool) -> list[tuple[Method, list[Site]]]:
@@ -169,10 +170,27 @@ def _stacked(parts: Sequence[Method]) -> Method:
     return method
 
 
+def _check_overrides(overrides: Mapping[str, Mapping[str, Any]], chosen: Sequence[tuple[Method, Sequence[Site]]]) -> None:
+    """Raises for a pattern that matches none of the chosen sites, or a hyper-parameter that no method there has."""
+    for pattern, changes in overrides.items():
+        there = [part for part, found in chosen if any(_overridden(pattern, site) for site in found)]
+        if not there:
+            names = {n for _, found in chosen for s in found for n in (s.name, s.role)}
+            raise NoMatch(f"overrides: {pattern!r} matches none of the chosen sites.{nearest(pattern, names)}")
+        known = {name for part in there for name in type(part).__dataclass_fields__}
+        for name in changes:
+            if name not in known:
+                raise UnknownName(f"overrides: {there[0].label} has no option {name!r}, given for {pattern!r}.{nearest(name, known)}")
+
+
+def _overridden(pattern: str, site: Site) -> bool:
+    return matches(pattern, site) or re.search(pattern, site.name) is not None
+
+
 def _special(part: Method, site: Site, overrides: Mapping[str, Mapping[str, Any]] | None) -> tuple[Method, Site]:
     """The part with the hyper-parameters that differ at this site."""
     for pattern, changes in (overrides or {}).items():
-        if matches(pattern, site) or re.search(pattern, site.name):
+        if _overridden(pattern, site):
             known = {k: v for k, v in changes.items() if k in type(part).__dataclass_fields__}
             part = replaced(part, known) if known else part
     return part, site
@@ -226,12 +244,14 @@ class Tuned:
         self._untied: list[Any] = []
         self._eager_layers: list[tuple[nn.Module, Any]] = []
         self._started = False
-        slot_of(model, self.route).tuned = self
 
     # -- placing --------------------------------------------------------------------------------------------
 
     def add(self, adapter: Adapter, planned: Sequence[tuple[Method, Sequence[tuple[Method, Site]], Source]]) -> Tuned:
         """Places an adapter's parts (method, its sites, where its tensors come from), all or none, and activates it."""
+        if self._originals:
+            raise Unsupported("attach: adapters are merged into the base; call unmerge() first.")
+        slot_of(self.model, self.route).tuned = self
         for module in self.model.modules():
             _keep_trainable(module)
         try:
@@ -239,9 +259,11 @@ class Tuned:
                 self._place(adapter, index, part, found, source)
             if not adapter.trained():
                 count = len(adapter.parts)
-                raise NoMatch(f"{adapter.method.label}: the {count} sites chosen have nothing to train; choose other targets or another method.")
+                raise NoMatch(f"{adapter.method.label}: the {count} sites chosen have nothing to train; choose other targets.")
         except BaseException:
             self._drop(adapter)
+            if not self.adapters:
+                self.detach()
             raise
         self.adapters[adapter.name] = adapter
         self._freeze_base()

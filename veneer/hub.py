@@ -250,12 +250,10 @@ def _what(about: Mapping[str, Any], size: int | None) -> str:
 
 def _sentence(slug: str) -> str:
     """A method in one sentence, from its own docstring."""
-    try:
-        card = registry.card(slug)
-    except VeneerError:
-        return f"- **{slug}**: a method of its author's own; its code is needed to load this adapter."
+    card = registry.card(slug)
     source = f" ([arXiv:{card.arxiv}](https://arxiv.org/abs/{card.arxiv}))" if card.arxiv else ""
-    return f"- **{card.title}**: {card.summary}{source}."
+    own = "" if card.module.startswith("veneer.") else " Its code is not part of veneer and is needed to load this adapter."
+    return f"- **{card.title}**: {card.summary}{source}.{own}"
 
 
 def _use(about: Mapping[str, Any], repo: str, peft: bool) -> str:
@@ -322,10 +320,7 @@ def _number(value: Any) -> str:
 def _limits(about: Mapping[str, Any]) -> str:
     lines = ["It fits the base model named above and no other; loading checks the shapes and says what does not fit."]
     for slug in _slugs(about):
-        try:
-            card = registry.card(slug)
-        except VeneerError:
-            continue
+        card = registry.card(slug)
         if "merge" in card.limits:
             lines.append(f"It cannot be merged into the base: {card.limits['merge']}.")
     lines.append("It has the base model's faults, and those of the data it was trained on. Nobody has tested it for other uses.")
@@ -335,4 +330,4 @@ def _limits(about: Mapping[str, Any]) -> str:
 def _licence(about: Mapping[str, Any]) -> str:
     name, _ = _base(about)
     base = f"`{name}`" if name else "the base model"
-    return f"## Licence\n\nThe licence of {base} is not recorded here and holds for this adapter too: check it before you use or share either.\n"
+    return f"## Licence\n\nThe licence of {base} is not recorded here and holds for this adapter too: check it before use.\n"

@@ -225,6 +225,10 @@ class Slot(nn.Module):
         self.whole: Callable[[Slot, nn.Module, tuple, dict[str, Any]], Any] | None = None
         self.batch_dim = 0
 
+    def forward(self, x: Any) -> Any:
+        """Nothing: an `nn.Sequential` runs all of its children, this one too."""
+        return x
+
     # -- bookkeeping ----------------------------------------------------------------------------------------
 
     def holder(self, adapter: str) -> Tensors:

@@ -40,12 +40,10 @@ def check(who: str, name: str, value: Any, default: Any, limits: dict[str, Any],
         if value not in choices:
             raise BadValue(f"{who}: {name}={value!r} is not one of {', '.join(repr(c) for c in choices)}.")
         return
-    kind = _kind(annotation)
-    right = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}.get(kind)
-    if right and (not isinstance(value, right) or (isinstance(value, bool) and kind != "bool")):
-        if "|" in annotation and isinstance(value, str | bool):
-            return
-        raise BadValue(f"{who}: {name}={value!r} must be {'an' if kind == 'int' else 'a'} {kind}; the default is {default!r}.")
+    kinds = [k for k in _TYPES if k in [part.strip() for part in annotation.split("|")]]
+    if kinds and not any(_is(value, kind) for kind in kinds):
+        said = " or ".join(("an " if kind == "int" else "a ") + kind for kind in kinds)
+        raise BadValue(f"{who}: {name}={value!r} must be {said}; the default is {default!r}.")
     if isinstance(value, int | float) and not isinstance(value, bool):
         bad = value != value or any(
             not {"ge": value >= v, "gt": value > v, "le": value <= v, "lt": value < v}[k]
@@ -56,6 +54,8 @@ def check(who: str, name: str, value: Any, default: Any, limits: dict[str, Any],
             raise BadValue(f"{who}: {name}={value!r} is out of range; it must be {legal or 'a number'}.")
 
 
-def _kind(annotation: str) -> str:
-    parts = [p.strip() for p in annotation.split("|") if p.strip() not in ("None", "")]
-    return parts[0] if parts else ""
+_TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str}
+
+
+def _is(value: Any, kind: str) -> bool:
+    return isinstance(value, _TYPES[kind]) and (kind == "bool" or not isinstance(value, bool))

@@ -269,6 +269,7 @@ def _tree(path: Path) -> ast.Module:
         raise BadFile(f"{path}: not a Python file that can be read as a method: {error}.") from error
 
 
+@cache
 def _classes(path: Path) -> dict[str, ast.ClassDef]:
     return {node.name: node for node in _tree(path).body if isinstance(node, ast.ClassDef)}
 
@@ -298,6 +299,7 @@ def _chain(path: Path, name: str) -> Iterator[tuple[Path, ast.ClassDef]]:
             yield from _chain(path, base.id)
 
 
+@cache
 def _imports(path: Path) -> dict[str, tuple[Path, str]]:
     """Names that the file imports from this library → file and name there."""
     found = {}

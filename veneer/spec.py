@@ -30,9 +30,6 @@ def parse(text: str) -> Method:
     return reduce(operator.add, found)
 
 
-build = parse
-
-
 def parse_spec(text: str) -> list[tuple[str, dict[str, Any]]]:
     """Slugs and checked hyper-parameters of a spec, without importing any method.
 

@@ -11,12 +11,12 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 import veneer
 from veneer import anatomy
@@ -62,6 +62,7 @@ def describe(tuned: Tuned, name: str) -> dict[str, Any]:
     for part in adapter.parts:
         entry: dict[str, Any] = {"part": part.index, "name": part.site.name, "role": part.site.role, "kind": part.site.kind}
         entry.update(out=part.site.out_features, **{"in": part.site.in_features})
+        entry["tensors"] = list(part.keys)
         if part.method != adapter.method.parts[part.index]:
             entry["method"] = part.method.spec
         sites.append(entry)
@@ -173,12 +174,28 @@ class FromFile(Source):
 
     def __init__(self, saved: Saved, index: int, names: Mapping[str, str]):
         self.saved, self.index, self.names = saved, index, names
+        self.listed = {e.get("name"): e.get("tensors") for e in saved.about["sites"] if e.get("part", 0) == index}
 
     def shared(self, part: Method, group: str, members: Sequence[Site]) -> Params:
-        return self.saved.of(self.index, f"@{group}")
+        first = part.init_shared(members, Generator())
+        return self._whole(f"@{group}", {name: list(t.shape) for name, t in first.items()}, first)
 
     def own(self, method: Method, site: Site, module: nn.Module, slot: Slot, like: Tensor, shared: Params) -> Params:
-        return self.saved.of(self.index, self.names.get(site.name, site.name))
+        name = self.names.get(site.name, site.name)
+        stack = [site.count] if site.count else []
+        shapes = {key: [*stack, *t.shape] for key, t in method.init(site, Generator()).items()}
+        return self._whole(name, shapes, self.listed.get(name) or ())
+
+    def _whole(self, owner: str, shapes: Mapping[str, list[int]], names: Collection[str]) -> Params:
+        """The tensors of one owner, all of them and of the shapes the method gives them."""
+        found, where = self.saved.of(self.index, owner), f"{self.saved.folder / WEIGHTS}: not whole"
+        for name in names:
+            if name not in found:
+                raise BadFile(f"{where}: the tensor {name!r} of {owner} is missing; copy or download it again.")
+        for name, tensor in found.items():
+            if shapes.get(name, list(tensor.shape)) != list(tensor.shape):
+                raise BadFile(f"{where}: {name!r} of {owner} is {list(tensor.shape)} where the method needs {shapes[name]}.")
+        return {name: found[name] for name in [*names, *(n for n in found if n not in names)]}  # as they were: optimisers count on it
 
 
 def read_about(folder: str | Path) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class Layer:
 
 
 LAYER_KINDS = {
-    "linear": Layer("llama", "attn.q attn.v mlp.down", ("linear",)),
+    "linear": Layer("vit", "attn.q attn.v mlp.down", ("linear",)),
     "conv1d": Layer("gpt2", "attn.q attn.v mlp.down", ("linear",)),
     "conv2d": Layer("convnet", "conv", ("conv",)),
     "embedding": Layer("bert", "embed.token", ("embedding",)),
@@ -105,9 +105,13 @@ def fitted(slug: str, subject: str, targets: str | None = None) -> Method:
     method = registry.method(slug)
     if targets is not None:
         method = replaced(method, {"targets": targets})
-    for _ in range(8):
+    while True:
         try:
-            for site in method.select(sites_of(subject)):
+            chosen = method.select(sites_of(subject))
+        except BadValue as refused:
+            raise NoMatch(str(refused)) from None
+        try:
+            for site in chosen:
                 method.check(site)
             veneer.attach(SUBJECTS[subject].build(), method, head=False)
             return method
@@ -116,7 +120,6 @@ def fitted(slug: str, subject: str, targets: str | None = None) -> Method:
             if smaller == method:
                 raise refused
             method = smaller
-    return method
 
 
 def halved(method: Method) -> Method:

@@ -25,7 +25,7 @@ from veneer.adapt import Tuned
 from veneer.errors import BadValue, NoMatch, UnknownName, Unsupported
 from veneer.forms import form_of
 from veneer.layer import LAYERS, Frozen, Link, Part, Rows, Slot
-from veneer.method import replaced
+from veneer.method import SelectionMethod, replaced
 
 Law = Callable[[Case], None]
 LAWS: dict[str, Law] = {}
@@ -230,7 +230,7 @@ def save(case: Case) -> None:
         tuned.save(folder)
         again = veneer.load(case.base(), folder)
     loaded = stored(again)
-    assert list(loaded) == list(tensors)
+    assert list(loaded) == list(tensors), f"{list(loaded)} came back for {list(tensors)}"
     for key, tensor in tensors.items():
         assert torch.equal(loaded[key], tensor) and loaded[key].dtype == tensor.dtype, f"{key} came back changed"
         assert loaded[key].requires_grad == tensor.requires_grad, f"{key} is {'not ' * tensor.requires_grad}trained after loading"
@@ -301,7 +301,10 @@ def mixed(case: Case) -> None:
     """Stacked with a method of another family: both act and train, the stack is saved and loaded, and merges if both do."""
     other = next(partners(case), None)
     assert other is not None, "no method of another family attaches to this model"
-    for stack in (case.method + other, other + case.method):
+    for first, second in ((case.method, other), (other, case.method)):
+        if isinstance(second, SelectionMethod):  # its copies replace what came before them
+            continue
+        stack = first + second
         tuned = case.tuned(method=stack)
         model, together = tuned.model, case.answers(tuned.model)
         for index in (0, 1):
@@ -323,7 +326,7 @@ def _without(case: Case, tuned: Tuned, tensors: list[Tensor]) -> Tensor:
     with torch.no_grad():
         for t in tensors:
             if t.is_floating_point():
-                t += 0.1
+                t += 0.1 * torch.randn_like(t)
         out = case.answers(tuned.model)
         for t, old in zip(tensors, kept):
             t.copy_(old)
@@ -363,7 +366,7 @@ def weighted(case: Case) -> None:
     both = case.answers(tuned.activate({"a": 0.3, "b": 0.7}).model)
     if case.method.foldable:
         _weighted_weights(case, tuned, both)
-    elif case.card.family == "prompt":
+    elif {"model", "attention"} & set(case.method.kinds):
         _weighted_tables(case, tuned, both)
     with torch.no_grad():  # the same adapter twice, in parts that add up to one, is that adapter
         for (_, p), (_, q) in zip(tuned.named_parameters("a"), tuned.named_parameters("b")):
@@ -463,7 +466,7 @@ def checkpointed(model: nn.Module) -> Iterator[list[None]]:
     """
     blocks = [model.get_submodule(s.module) for s in anatomy.sites(model) if s.kind == "block"]
     runs: list[None] = []
-    layer = next(m for m in blocks[0].modules() if not any(m.children()) and type(m).__name__.endswith("Norm"))
+    layer = next(m for m in blocks[0].modules() if type(m).__name__.endswith("Norm"))
     hook = layer.register_forward_pre_hook(lambda *_: runs.append(None))
     if hasattr(model, "gradient_checkpointing_enable"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]

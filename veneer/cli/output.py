@@ -30,6 +30,10 @@ def answer(action: Callable[[], Any], as_json: bool = False, debug: bool = False
             document = action()
         if as_json:
             write(document, out)
+        out.flush()
+        return OK
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
         return OK
     except (Exception, KeyboardInterrupt) as error:
         if debug:

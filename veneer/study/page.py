@@ -81,9 +81,11 @@ td.fail{grid-column:1/-1}
 @media (max-width:480px){.chart{font-size:13px}.chart .tick{font-size:12.5px}}
 @media print{:root{--page:#fff;--card:#fff;--ink:#000;--soft:#444;--line:#bbb;--grid:#e6e6e6;--band:#0000000f;--accent:#075a51;
 --c0:#0a66a8;--c1:#c24a00;--c2:#00795a;--c3:#a3457f;--c4:#8a6a00;--c5:#5a57c2;--c6:#4b5563;--c7:#b01f3c}
-@page{margin:14mm}body{font-size:10pt}main{padding:0;max-width:none}.charts{grid-template-columns:1fr 1fr;gap:8px}
+@page{margin:14mm}body{font-size:10pt}main{padding:0 1px;max-width:none}h1{font-size:15pt}.verdict{font-size:11pt}
+.charts{grid-template-columns:1fr 1fr;gap:8px}
 figure,tr{break-inside:avoid}
-th,td{padding:4px 7px;font-size:8.5pt}.chips button[aria-pressed=false],#tip{display:none}.wrap{overflow:visible}
+th,td{padding:4px 6px;font-size:8.5pt}th{white-space:normal}td:first-child{min-width:15em}
+.chips button[aria-pressed=false],#tip{display:none}.wrap{overflow:visible}
 *{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 @media (prefers-reduced-motion:no-preference){.series{transition:opacity .12s}}
 """

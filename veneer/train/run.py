@@ -378,7 +378,7 @@ def _quiet() -> None:
     """Keeps the libraries' reports off the screen; what matters is said by us."""
     import logging
 
-    for name in ("torchao", "bitsandbytes"):
+    for name in ("torchao", "bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:

@@ -48,7 +48,6 @@ class PrefixTuning(PromptMethod):
         "identity": "learned keys take attention from the start",
         "merge": "keys and values are added to attention; no weight holds them",
         "unmerge": "keys and values are added to attention; no weight holds them",
-        "bnb4": "it acts on attention",
     }
 
     def init(self, site: Site, generator: Generator) -> Params:

@@ -47,7 +47,6 @@ class PromptTuning(PromptMethod):
         "identity": "extra tokens change attention from the start",
         "merge": "tokens are added to the input; no weight holds them",
         "unmerge": "tokens are added to the input; no weight holds them",
-        "bnb4": "it acts on the model's input",
     }
 
     def validate(self) -> None:

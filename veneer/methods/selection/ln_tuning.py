@@ -30,7 +30,6 @@ class LNTuning(SelectionMethod):
         "conv1d": "it acts on norms",
         "conv2d": "it acts on norms",
         "embedding": "it acts on norms",
-        "bnb4": "it acts on norms",
     }
 
     def init(self, site: Site, generator: Generator) -> Params:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,10 @@ class DoRA(WeightMethod):
 
     default_targets = "attn.q attn.v attn.qkv cross.q cross.v"
     aliases = {"rank": "r", "lora_alpha": "alpha", "lora_dropout": "dropout", "use_rslora": "rslora"}
+
+    @property
+    def limits(self) -> Mapping[str, str]:  # type: ignore[override]
+        return {} if self.exact_norm else {"gradients": "the row norms count as constants, as in the paper; exact_norm=True differentiates them"}
 
     @property
     def scale(self) -> float:
