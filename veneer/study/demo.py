@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 # Comparable budgets: LoRA (24 matrices of 384 × 384, rank 3), WeGeFT (4 shared pairs, rank 18) and prefix tuning (6 layers,
 # 12 keys and values) all train exactly 55,296 numbers; SSF has no size to choose and trains 51,456 on this encoder.
-# Learning rates differ by nature: each is the best of three tried on the validation sentences with seed 1.
-PROBE = ("probe", 1e-2)
+# Learning rates differ by nature; these come from a few short runs, judged on the validation sentences.
+# The probe trains one small layer on features of little spread, so it gets a large rate and more steps: enough to come
+# within three points of its limit (a logistic regression on the same features, fitted to the end, gets 72.8 %).
+PROBE, PROBE_LR, PROBE_STEPS = "probe", 0.1, 2.5
 METHODS = (
     ("lora(r=3, targets='attn.q attn.k attn.v attn.o')", 3e-3),
     ("wegeft(r=18, targets='attn.q attn.k attn.v attn.o')", 2e-3),
@@ -37,7 +39,7 @@ METHODS = (
     ("prefix-tuning(length=12)", 1e-2),
 )
 COMMAND = "make demo"
-STEPS = 160
+STEPS = 120
 TEST, VALIDATION = 2000, 400
 SENTENCES = (
     "A warm, funny film that never loses its way.",
@@ -73,15 +75,19 @@ def train_all(out: Path, steps: int = STEPS, *, again: bool = False) -> Study:
     """The comparison; its files are in `out`."""
     from veneer.study.compare import compare
 
+    counts = f"{steps} steps of 32 sentences ({round(PROBE_STEPS * steps)} for the probe)"
     return compare(
         recipes(write_data(out / "data"), steps),
         out=out,
         title="Film-review sentiment: four methods against the frozen probe",
         subtitle="all-MiniLM-L6-v2 (22.7 M parameters), sentences rated by people, about 55,000 trained parameters a method",
-        references=[PROBE[0]],
+        references=[PROBE],
         facts=[
             ("Task", "is a sentence from a film review positive or negative?"),
-            ("Training", f"{steps} steps of 32 sentences, the same ones in the same order for every method, seed 0; AdamW"),
+            (
+                "Training",
+                f"{counts}, in the same order for every method, seed 0; AdamW",
+            ),
             ("Split", f"{TEST:,} test and {VALIDATION:,} validation sentences, drawn once with a fixed seed; no sentence is in two parts"),
             ("Command", COMMAND),
         ],
@@ -98,9 +104,9 @@ def recipes(data: Path, steps: int) -> list[Recipe]:
     return [
         Recipe(
             model="minilm", data=str(data), method=spec, task="text-classification", text="text", label="label",
-            lr=lr, steps=steps, batch_size=32, eval_batch_size=64, max_length=64, eval_every=max(1, steps // 4), base=spec == PROBE[0],
+            lr=lr, steps=count, batch_size=32, eval_batch_size=64, max_length=64, eval_every=max(1, count // 4), base=spec == PROBE,
         )
-        for spec, lr in (PROBE, *METHODS)
+        for spec, lr, count in ((PROBE, PROBE_LR, round(PROBE_STEPS * steps)), *((spec, lr, steps) for spec, lr in METHODS))
     ]  # fmt: skip
 
 
@@ -152,7 +158,7 @@ def beats_probe(study: Study) -> bool:
 
 
 def _probe(study: Study) -> dict:
-    return next(r for r in study.rows if r.get("method") == PROBE[0])
+    return next(r for r in study.rows if r.get("method") == PROBE)
 
 
 def _print(study: Study) -> None:

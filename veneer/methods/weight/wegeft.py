@@ -24,7 +24,6 @@ class WeGeFT(WeightMethod):
     Not where a large budget is free. transform="output" (ours): W_eff = (I + s phiᵀ psi) W with both [r, out].
 
     Tensors, one pair per tie group: phi [r, in], zeros; psi [r, in], Kaiming-uniform(√5) (or the other way round): the base.
-    positions=(k, l) edits only the first k and last l tokens; it cannot be merged then.
     """
 
     r: int = option(64, "rank of the generator", ge=1)
@@ -33,7 +32,7 @@ class WeGeFT(WeightMethod):
     start: str = option("psi_random", "which of the two maps starts random", choices=("psi_random", "phi_random"))
     share: str = option("type", "one pair for all layers of a role, for all, or for each", choices=("type", "all", "none"))
     transform: str = option("input", "side of the layer that is edited", choices=("input", "output"))
-    positions: tuple[int, int] | None = option(None, "numbers of first and last tokens that are edited; None: all")
+    positions: tuple[int, int] | None = option(None, "(k, l): edit the first k and last l tokens only, never merged; None: all")
     default_lr = 2e-3
     default_targets = "attn.q attn.v attn.qkv cross.q cross.v"
     aliases = {"init": "start", "transform_dim": "transform", "rank": "r"}

@@ -1,4 +1,4 @@
-"""Names that model families give to the parts of a block. Data only; `anatomy` reads it."""
+"""Names that model families give to the parts of a block. Data only."""
 
 from __future__ import annotations
 
