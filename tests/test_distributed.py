@@ -81,11 +81,11 @@ def fsdp(spec: str, folder: Path) -> None:
     fully_shard(tuned.model)
     assert all(isinstance(p, DTensor) for p in tuned.parameters())
     optimiser = torch.optim.AdamW(tuned.param_groups(1e-2))
+    with torch.no_grad():
+        torch.testing.assert_close(output(tuned.model, BATCH), outputs)
     mean_loss(tuned.model, own_rows()).backward()
     for p, wanted in zip(tuned.parameters(), gradients, strict=True):
         torch.testing.assert_close(whole(p.grad), wanted, rtol=1e-8, atol=1e-10)
-    with torch.no_grad():
-        torch.testing.assert_close(output(tuned.model, BATCH), outputs)
     refused(lambda: veneer.attach(tuned.model, spec, "second"))
     optimiser.step()
     with torch.no_grad():

@@ -643,3 +643,23 @@ def test_training_state_is_the_adapters_own(seed: int) -> None:
     tuned.before_step()
     tuned.after_step()
     assert tuned.loss_terms() == {}
+
+
+@pytest.mark.parametrize("spec", ["vpt(length=2) + lora(r=2)", "lora(r=2) + vpt(length=2)", "full"])
+def test_rows_through_a_block_and_the_layers_inside_it(spec: str) -> None:
+    """Where a block or an owner of parameters runs once a group of rows, the layers inside it must see that group."""
+    vit = SUBJECTS["vit"]
+    model = vit.build()
+    tuned = stirred(model, spec, "a", head=False)
+    stirred(model, "vpt(length=3) + ssf", "b", head=False)
+    names = ["a", "b", None, "a"]
+    alone = []
+    with torch.no_grad():
+        for row, name in enumerate(names):
+            if name is None:
+                with tuned.disabled():
+                    alone.append(vit.answers(model)[row])
+            else:
+                alone.append(vit.answers(tuned.activate(name).model)[row])
+        together = vit.answers(tuned.activate(per_row=names).model)
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-9, atol=1e-9)

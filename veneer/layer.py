@@ -20,6 +20,8 @@ from veneer.route import Active, Route, by_rows, join_rows, take_rows
 from veneer.site import Site
 
 LAYERS = ("linear", "conv", "embedding", "norm")
+SHARED_INPUTS = ("embed.position", "embed.other")
+"""Roles of tables that may be read once for all rows of a batch."""
 
 
 class Tensors(nn.Module):
@@ -221,7 +223,6 @@ class Slot(nn.Module):
         self.forms: dict[str, Form] = {}
         self.entries: list[str] = []
         self.substitutes: dict[str, Any] = {}
-        self.only: Active | None = None
         self.whole: Callable[[Slot, nn.Module, tuple, dict[str, Any]], Any] | None = None
         self.batch_dim = 0
 
@@ -243,6 +244,11 @@ class Slot(nn.Module):
         self.batch_dim = site.batch_dim
         if site.kind in (*LAYERS, "parameter") and site.parameter not in self.forms:
             self.forms[site.parameter] = form_of(module, site.kind, site.parameter)
+            if self.by_property and not part.method.foldable:
+                raise Unsupported(
+                    f"{part.method.label}: the owner of {site.name} reads it as a weight, and this change is none: "
+                    f"{part.method.limits.get('merge', 'it acts on outputs')}. Choose other targets."
+                )
 
     def remove(self, adapter: str) -> None:
         self.parts.pop(adapter, None)
@@ -273,10 +279,10 @@ class Slot(nn.Module):
         """Whether parameters are read through the class's properties instead of a call of this layer."""
         return any(type(f).__name__ == "ParameterForm" for f in self.forms.values())
 
-    def read_by(self, module: nn.Module) -> list[Slot]:
-        """The slots whose parameters the module reads itself: its own, and those of layers it never calls."""
+    def reads(self, module: nn.Module) -> bool:
+        """Whether the module itself reads adapted parameters: its own, or those of layers it never calls."""
         below = (child._modules.get("veneer") for child in module.children())
-        return [s for s in (self, *below) if isinstance(s, Slot) and s.by_property]
+        return any(isinstance(s, Slot) and s.by_property for s in (self, *below))
 
     # -- running --------------------------------------------------------------------------------------------
 
@@ -289,8 +295,8 @@ class Slot(nn.Module):
         if self.entries:
             for name in self.entries:
                 self.route.captured[name] = args[0] if place is None else kwargs[place]
-        if read := self.read_by(module):
-            y = self.run_owner(module, args, kwargs, read)
+        if self.reads(module):
+            y = self.run_owner(module, args, kwargs)
         elif self.forms:
             x = args[0] if place is None else kwargs[place]
             rest, options = (args[1:], kwargs) if place is None else (args, {k: v for k, v in kwargs.items() if k != place})
@@ -303,6 +309,8 @@ class Slot(nn.Module):
         call = Frozen(self, module, self.forms["weight"], rest, options)
         if self.route.rows is None:
             return self.adapted(call, x, self.route.active)
+        if x.shape[0] == 1 and any(p.site.role in SHARED_INPUTS for parts in self.parts.values() for p in parts):
+            x = x.expand(len(self.route.rows), *x.shape[1:])
         return by_rows(self.route, x, self.batch_dim, lambda group, active: self.adapted(call, group, active))
 
     def adapted(self, call: Frozen, x: Tensor, active: Active) -> Tensor:
@@ -315,6 +323,7 @@ class Slot(nn.Module):
 
     def adapted_rows(self, call: Frozen, x: Tensor, chosen: list[tuple[list[Part], float]]) -> Tensor:
         y = call(x)
+        whole = [(linked(call, own, call.form, call.module), w) for parts, w in chosen if (own := [p for p in parts if not p.site.rows])]
         pieces, at = [], 0
         for rows in sorted({p.site.rows for parts, _ in chosen for p in parts if p.site.rows}):
             below = Rows(call, rows, x, y)
@@ -325,25 +334,21 @@ class Slot(nn.Module):
                     links.append((linked(below, here, call.form, call.module), weight))
             pieces += [y[..., at : rows[0]], mixed(below, x, links)]
             at = rows[1]
-        return torch.cat([*pieces, y[..., at:]], -1)
+        out = torch.cat([*pieces, y[..., at:]], -1)
+        return out + (mixed(call, x, whole) - y) if whole else out  # an adapter of the whole fused layer adds its change
 
-    def run_owner(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], read: Sequence[Slot]) -> Any:
+    def run_owner(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.route.rows is None:
             return self.frozen(module, *args, **kwargs)
         size = next(a.shape[self.batch_dim] for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
         device = next(a.device for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
         results, indices = [], []
         for active, index in self.route.groups(size, device):
-            for slot in read:
-                slot.only = active
-            try:
-                picked = [take_rows(a, index, size, self.batch_dim) for a in args]
-                options = {k: take_rows(v, index, size, self.batch_dim) for k, v in kwargs.items()}
+            picked = [take_rows(a, index, size, self.batch_dim) for a in args]
+            options = {k: take_rows(v, index, size, self.batch_dim) for k, v in kwargs.items()}
+            with self.route.narrowed(active):
                 results.append(self.frozen(module, *picked, **options))
-                indices.append(index)
-            finally:
-                for slot in read:
-                    slot.only = None
+            indices.append(index)
         return join_rows(results, indices, [len(i) for i in indices], self.batch_dim)
 
     def run_branches(self, module: nn.Module, output: Any) -> Any:
@@ -399,7 +404,8 @@ class Slot(nn.Module):
         results, indices = [], []
         for active, index in self.route.groups(size, x.device):
             own = x.index_select(0, index)[:, : lengths.get(active, x.shape[1])]
-            results.append(run(own, active, lambda v, index=index: take_rows(v, index, size)))  # type: ignore[misc]
+            with self.route.narrowed(active):
+                results.append(run(own, active, lambda v, index=index: take_rows(v, index, size)))  # type: ignore[misc]
             indices.append(index)
         longest = max(r.shape[1] for r in results)
         if any(r.shape[1] != longest for r in results):
@@ -420,8 +426,7 @@ class Slot(nn.Module):
             return raw
         for parameter, form in self.forms.items():
             if type(form).__name__ == "ParameterForm" and name in (parameter, form.bias_name):
-                active = self.only if self.only is not None else self.route.active
-                W, b = self.effective(module, parameter, active)
+                W, b = self.effective(module, parameter, self.route.active)
                 value = W if name == parameter else b
                 return raw if value is None or raw is None else value.to(raw.dtype).reshape(raw.shape)
         return raw

@@ -54,7 +54,7 @@ def check(who: str, name: str, value: Any, default: Any, limits: dict[str, Any],
             raise BadValue(f"{who}: {name}={value!r} is out of range; it must be {legal or 'a number'}.")
 
 
-_TYPES = {"bool": bool, "int": int, "float": (int, float), "str": str}
+_TYPES: dict[str, Any] = {"bool": bool, "int": int, "float": (int, float), "str": str}
 
 
 def _is(value: Any, kind: str) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +29,16 @@ class Route:
     @property
     def on(self) -> bool:
         return self.enabled and not self.merged and (bool(self.active) or self.rows is not None)
+
+    @contextmanager
+    def narrowed(self, active: Active) -> Iterator[None]:
+        """While one group of rows runs through a module whose own layers are adapted too: they see this group alone."""
+        before = self.rows, self.active
+        self.rows, self.active = None, active
+        try:
+            yield
+        finally:
+            self.rows, self.active = before
 
     def groups(self, size: int, device: torch.device) -> list[tuple[Active, Tensor]]:
         """For an input whose batch axis has `size` entries: the adapter and the indices of each group of rows.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from veneer.errors import NoMatch, nearest
@@ -119,6 +119,24 @@ class Site:
         kind = "conv" if W.ndim > 2 else "linear" if W.ndim == 2 else "norm"
         out = int(W.shape[0])
         return Site("weight", "", "other", kind, None, out, inside if W.ndim > 1 else out, kernel=kernel or tuple(W.shape[2:]))
+
+
+def whole_sites(sites: Sequence[Site]) -> list[Site]:
+    """Fused weights as one site each, named like their module: how other libraries adapt them."""
+    fused: dict[tuple[str, str], list[Site]] = {}
+    for site in sites:
+        if site.rows is not None and not site.count:
+            fused.setdefault((site.module, site.parameter), []).append(site)
+    return [
+        replace(
+            rows[0],
+            name=module,
+            role="attn.qkv" if rows[0].role.startswith("attn") else "other",
+            rows=None,
+            out_features=sum(s.out_features for s in rows),
+        )
+        for (module, _), rows in fused.items()
+    ]
 
 
 def tokens_of(targets: str) -> list[str]:

@@ -22,6 +22,7 @@ import veneer
 from veneer import anatomy
 from veneer.adapt import Adapter, Source, Tuned, check_name, tuned_of
 from veneer.errors import BadFile, Mismatch, VeneerError, nearest
+from veneer.site import whole_sites
 from veneer.spec import parse
 
 if TYPE_CHECKING:
@@ -48,10 +49,15 @@ def save(tuned: Tuned, folder: str | Path, name: str, facts: Mapping[str, Any] |
     adapter.facts.update(facts or {})
     folder = Path(folder)
     about = describe(tuned, name)
-    tensors = {key: t.detach().cpu().contiguous() for key, t in tensors_of(tuned, name).items()}
-    write_tensors(folder / WEIGHTS, tensors, {"format": "pt", "veneer": json.dumps(about)})
+    tensors = {key: _gathered(t).detach().cpu().contiguous() for key, t in tensors_of(tuned, name).items()}
+    write_tensors(folder / WEIGHTS, tensors, {"veneer": json.dumps(about)})
     write_text(folder / FACTS, json.dumps(about, indent=2) + "\n")
     return folder
+
+
+def _gathered(tensor: Any) -> Tensor:
+    """The whole of a sharded tensor; every process must ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def describe(tuned: Tuned, name: str) -> dict[str, Any]:
@@ -62,7 +68,7 @@ def describe(tuned: Tuned, name: str) -> dict[str, Any]:
     for part in adapter.parts:
         entry: dict[str, Any] = {"part": part.index, "name": part.site.name, "role": part.site.role, "kind": part.site.kind}
         entry.update(out=part.site.out_features, **{"in": part.site.in_features})
-        entry["tensors"] = list(part.keys)
+        entry["tensors"] = {key: list(t.shape) for key, t in part.tensors().items() if key in part.keys}
         if part.method != adapter.method.parts[part.index]:
             entry["method"] = part.method.spec
         sites.append(entry)
@@ -182,9 +188,7 @@ class FromFile(Source):
 
     def own(self, method: Method, site: Site, module: nn.Module, slot: Slot, like: Tensor, shared: Params) -> Params:
         name = self.names.get(site.name, site.name)
-        stack = [site.count] if site.count else []
-        shapes = {key: [*stack, *t.shape] for key, t in method.init(site, Generator()).items()}
-        return self._whole(name, shapes, self.listed.get(name) or ())
+        return self._whole(name, self.listed.get(name) or {}, self.listed.get(name) or ())
 
     def _whole(self, owner: str, shapes: Mapping[str, list[int]], names: Collection[str]) -> Params:
         """The tensors of one owner, all of them and of the shapes the method gives them."""
@@ -288,7 +292,7 @@ def _plan(
     """Which method acts at which of the model's sites, with the sites' names in the file."""
     method = parse(saved.about["spec"])
     sites = anatomy.sites(model, roles)
-    here = {s.name: s for s in sites}
+    here = {s.name: s for s in [*whole_sites(sites), *sites]}
     planned = []
     for index, part in enumerate(method.parts):
         found, names = [], {}

@@ -24,19 +24,19 @@ HOMES = ("llama", "bert", "vit", "convnet", "gpt2", "encoder")
 
 @dataclass(frozen=True)
 class Layer:
-    """A kind of layer to try every method on: the model, the targets there, and the kinds of sites one of which it takes."""
+    """A kind of layer to try every method on: the model, the targets there (each for itself), and the kind of site it takes."""
 
     subject: str
-    targets: str | None
-    kinds: tuple[str, ...]
+    targets: tuple[str, ...]
+    kind: str
 
 
 LAYER_KINDS = {
-    "linear": Layer("vit", "attn.q attn.v mlp.down", ("linear",)),
-    "conv1d": Layer("gpt2", "attn.q attn.v mlp.down", ("linear",)),
-    "conv2d": Layer("convnet", "conv", ("conv",)),
-    "embedding": Layer("bert", "embed.token", ("embedding",)),
-    "mha": Layer("encoder", "attn.q attn.v attn.o", ("linear",)),
+    "linear": Layer("vit", ("attn.q attn.v mlp.down",), "linear"),
+    "conv1d": Layer("gpt2", ("attn.q attn.v mlp.down",), "linear"),
+    "conv2d": Layer("convnet", ("conv1", "conv2"), "conv"),
+    "embedding": Layer("bert", ("embed.token",), "embedding"),
+    "mha": Layer("encoder", ("attn.q attn.v attn.o",), "linear"),
 }
 
 

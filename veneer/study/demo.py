@@ -84,10 +84,7 @@ def train_all(out: Path, steps: int = STEPS, *, again: bool = False) -> Study:
         references=[PROBE],
         facts=[
             ("Task", "is a sentence from a film review positive or negative?"),
-            (
-                "Training",
-                f"{counts}, in the same order for every method, seed 0; AdamW",
-            ),
+            ("Training", f"{counts}, in the same order for every method, seed 0; AdamW"),
             ("Split", f"{TEST:,} test and {VALIDATION:,} validation sentences, drawn once with a fixed seed; no sentence is in two parts"),
             ("Command", COMMAND),
         ],
