@@ -44,7 +44,8 @@ _features: list[str] = []
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     for name, value in report.user_properties:
         if name == "cell" and report.when == "call":
-            slug, feature, held = value  # type: ignore[misc]
+            cell: Any = value
+            slug, feature, held = cell
             _cells.setdefault(slug, {})[feature] = held if report.passed else False
         elif name == "features" and not _features:
             _features.extend(value)  # type: ignore[arg-type]

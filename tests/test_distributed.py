@@ -23,7 +23,16 @@ from veneer.errors import Unsupported, VeneerError
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
 WORLD = 2
-SPECS = ["lora(r=2)", "dora(r=2)", "wegeft(r=2)", "ssf", "bottleneck-adapter(m=2)", "prompt-tuning(length=2)", "prefix-tuning(length=2)", "lora(r=2) + ssf"]
+SPECS = [
+    "lora(r=2)",
+    "dora(r=2)",
+    "wegeft(r=2)",
+    "ssf",
+    "bottleneck-adapter(m=2)",
+    "prompt-tuning(length=2)",
+    "prefix-tuning(length=2)",
+    "lora(r=2) + ssf",
+]
 BATCH = tiny.SUBJECTS["llama"].batch(0)
 TARGET = torch.randint(tiny.VOCABULARY, (ROWS, tiny.LENGTH), generator=torch.Generator().manual_seed(1))
 
@@ -33,7 +42,7 @@ def prepared(spec: str) -> Tuned:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for p in tuned.parameters():
-            p += 0.1 * torch.empty(p.shape).normal_(generator=generator).to(p)
+            p.add_(0.1 * torch.empty(p.shape).normal_(generator=generator).to(p))
     tuned.model.train()
     return tuned
 

@@ -38,7 +38,7 @@ def stirred(model: nn.Module, method: str = LORA, name: str = "default", size: f
     generator = torch.Generator().manual_seed(sum(map(ord, name)))
     with torch.no_grad():
         for p in tuned.parameters(name):
-            p += size * torch.empty(p.shape).normal_(generator=generator).to(p)
+            p.add_(size * torch.empty(p.shape).normal_(generator=generator).to(p))
     return tuned
 
 
@@ -365,7 +365,12 @@ def _fill_buffers(model: nn.Module, source: nn.Module) -> None:
 
 # -- prompts, caches and generation ---------------------------------------------------------------------------
 
-PROMPTS = ("prompt-tuning(length=3)", "prefix-tuning(length=3)", "lora(r=2) + prompt-tuning(length=2)", "prompt-tuning(length=2) + prefix-tuning(length=3)")
+PROMPTS = (
+    "prompt-tuning(length=3)",
+    "prefix-tuning(length=3)",
+    "lora(r=2) + prompt-tuning(length=2)",
+    "prompt-tuning(length=2) + prefix-tuning(length=3)",
+)
 
 
 def padded(side: str) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import veneer
 from veneer.adapt import Tuned
 from veneer.errors import Unsupported
 
-SPECS = ["lora(r=4)", "dora(r=4)", "wegeft(r=4)", "ssf", "ia3", "bottleneck-adapter(m=4)", "prompt-tuning(length=2)", "lora(r=2) + ssf"]
+SPECS = ["lora(r=4)", "dora(r=4)", "wegeft(r=4)", "ssf", "bottleneck-adapter(m=4)", "prompt-tuning(length=2)"]
 
 
 def llama() -> nn.Module:
@@ -66,7 +66,10 @@ def torchao_int4() -> nn.Module:
     from torchao.quantization.granularity import PerGroup
 
     model, names = llama(), set(linears(llama()))
-    config = quantization.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32))
+    config = quantization.IntxWeightOnlyConfig(
+        weight_dtype=torch.int4,  # type: ignore[attr-defined]
+        granularity=PerGroup(32),
+    )
     quantization.quantize_(model, config, filter_fn=lambda m, n: n in names)
     return model
 
@@ -85,7 +88,7 @@ def stirred(model: nn.Module, spec: str) -> Tuned:
     tuned = veneer.attach(model, spec)
     with torch.no_grad():
         for i, p in enumerate(tuned.parameters()):
-            p += 0.05 * torch.empty(p.shape).normal_(generator=torch.Generator().manual_seed(i))
+            p.add_(0.05 * torch.empty(p.shape).normal_(generator=torch.Generator().manual_seed(i)))
     return tuned
 
 
@@ -113,7 +116,7 @@ def test_training_lowers_the_loss(base: tuple[str, nn.Module], spec: str) -> Non
 
 
 def test_the_start_is_the_base(base: tuple[str, nn.Module]) -> None:
-    name, model = base
+    _, model = base
     with torch.no_grad():
         before = output(model, BATCH)
         veneer.attach(model, "lora(r=4)")
@@ -179,7 +182,7 @@ def test_rows_and_switching(base: tuple[str, nn.Module]) -> None:
     veneer.attach(model, "ssf", "b")
     with torch.no_grad():
         for p in tuned.parameters("b"):
-            p += 0.1
+            p.add_(0.1)
         tuned.activate("default")
         one = output(model, BATCH)[0]
         tuned.activate("b")

@@ -407,3 +407,18 @@ def test_trl_trains_with_the_same_mixin(tmp_path: Path) -> None:
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters() if name in before)
     assert (tmp_path / "checkpoint-3" / "adapter.safetensors").is_file() and not list(tmp_path.rglob("model.safetensors"))
     assert tuned.active == ["default"]
+
+
+def test_two_processes_train_one_model(tiny_bert: Path, reviews: Path, tmp_path: Path) -> None:
+    """`torchrun` on the command line: one log, one adapter, and the loss of a batch is the mean over both processes."""
+    wanted = recipe(tiny_bert, reviews, tmp_path / "run", steps=4, batch_size=4)
+    names = ("model", "data", "method", "out", "steps", "batch_size")
+    flags = [word for name in names for word in (f"--{name.replace('_', '-')}", str(getattr(wanted, name)))]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "veneer.cli.main", "train"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*launch, *flags, "--device", "cpu"], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("To use it") == 1
+    losses = [e["loss"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines() if "loss" in (e := json.loads(line))]
+    assert len(losses) == 4 and all(0.4 < loss < 1.0 for loss in losses)
+    assert (tmp_path / "run" / "adapter" / "adapter.safetensors").is_file()

@@ -91,7 +91,7 @@ def stir(tuned: Tuned, name: str, seed: int, size: float = 0.15) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in tuned.parameters(name):
-            parameter += size * torch.empty(parameter.shape).normal_(generator=generator).to(parameter)
+            parameter.add_(size * torch.empty(parameter.shape).normal_(generator=generator).to(parameter))
 
 
 @functools.cache

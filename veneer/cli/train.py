@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,8 @@ def train(
     from veneer.train.run import train as run
 
     outcome = run(plan, again=again, progress=True, command=typed("train", recipe, settings))
-    print(f"To use it: veneer predict {shlex.quote(str(outcome.folder))} INPUT …")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"To use it: veneer predict {shlex.quote(str(outcome.folder))} INPUT …")
     return outcome.as_json()
 
 

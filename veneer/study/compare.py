@@ -168,24 +168,27 @@ def table(data: Mapping[str, Any]) -> Table:
     from rich.text import Text
 
     metric = data["metric"]
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1), title=data["title"], title_justify="left")
-    shown.add_column("method")
-    for heading in ("trained", "% of model", f"{metric['name']} (95 % interval)", "time", "peak memory", "on disk"):
-        shown.add_column(heading, justify="right")
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, title=data["title"], title_justify="left", title_style="bold")
+    shown.add_column("  method", no_wrap=True)
+    for heading in ("trained", "% model", f"{metric['name']} (95 %)", "seconds", "memory", "disk"):
+        shown.add_column(heading, justify="right", no_wrap=True)
     for row in data["rows"]:
-        name = Text(row["label"], style="bold" if row.get("best") else "dim" if row.get("reference") else "")
-        name.append("  best" if row.get("best") else "  ≈ best" if row.get("alike") else "", style="green")
+        mark = "*" if row.get("best") else "≈" if row.get("alike") else " "
+        name = Text(f"{mark} {row['label']}", style="bold" if row.get("best") else "dim" if row.get("reference") else "")
         if row.get("error"):
-            shown.add_row(name, Text(row["error"].splitlines()[0], style="red"))
+            shown.add_row(name, "failed")
             continue
-        value = f"{show.metric_value(row.get('value'), metric)} ({show.interval(row.get('low'), row.get('high'), metric)})"
+        value = (
+            f"{show.metric_value(row.get('value'), metric)} ({show.interval(row.get('low'), row.get('high'), metric).removesuffix(' %')})"
+        )
+        spent = show.NONE if row.get("seconds") is None else f"{row['seconds']:.0f}"
         shown.add_row(
-            name, show.count(row.get("trained")), show.share(row.get("trained"), row.get("total")), value,
-            show.seconds(row.get("seconds")), show.size(row.get("peak_memory")), show.size(row.get("adapter_bytes")),
+            name, show.count(row.get("trained")), show.share(row.get("trained"), row.get("total")).removesuffix(" %"), value,
+            spent, show.size(row.get("peak_memory")), show.size(row.get("adapter_bytes")),
         )  # fmt: skip
-    if any(r.get("alike") and not r.get("best") for r in data["rows"]):
-        shown.caption = "≈ best: cannot be told apart from the best row on these test examples."
-        shown.caption_justify = "left"
+    notes = ["* best; ≈ cannot be told apart from the best on these test examples"]
+    notes += [f"{row['label']}: {row['error'].splitlines()[0]}" for row in data["rows"] if row.get("error")]
+    shown.caption, shown.caption_justify = Text("\n".join(notes)), "left"
     return shown
 
 

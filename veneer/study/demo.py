@@ -36,7 +36,7 @@ METHODS = (
     ("lora(r=3, targets='attn.q attn.k attn.v attn.o')", 3e-3),
     ("wegeft(r=18, targets='attn.q attn.k attn.v attn.o')", 2e-3),
     ("ssf", 5e-3),
-    ("prefix-tuning(length=12)", 1e-2),
+    ("prefix-tuning(length=12)", 3e-2),
 )
 COMMAND = "make demo"
 STEPS = 120
@@ -126,7 +126,7 @@ def write_data(folder: Path) -> Path:
 
 def reload_best(study: Study) -> bool:
     """Loads the best adapter in a fresh process, predicts, merges it and compares; True if the merged model agrees."""
-    best = study.best
+    best = best_trained(study)
     if best is None:
         return False
     merged = best_mergeable(study)
@@ -140,6 +140,11 @@ def reload_best(study: Study) -> bool:
     return agreed
 
 
+def best_trained(study: Study) -> dict | None:
+    """The row with the highest value among those that left an adapter."""
+    return max((r for r in study.rows if r.get("value") is not None and r.get("method")), key=lambda r: r["value"], default=None)
+
+
 def best_mergeable(study: Study) -> dict | None:
     """The row with the highest value whose method folds into the frozen weights."""
     from veneer.spec import parse
@@ -150,7 +155,7 @@ def best_mergeable(study: Study) -> dict | None:
 
 def beats_probe(study: Study) -> bool:
     """Whether the best method's interval lies above the frozen probe's."""
-    best, probe = study.best, _probe(study)
+    best, probe = best_trained(study), _probe(study)
     return bool(best and probe.get("value") is not None and best["low"] > probe["high"])
 
 
@@ -164,7 +169,7 @@ def _print(study: Study) -> None:
     console = Console()
     console.print()
     console.print(study.table())
-    best, probe = study.best, _probe(study)
+    best, probe = best_trained(study), _probe(study)
     if best is not None and best is not probe and probe.get("value") is not None:
         gap = 100 * (best["value"] - probe["value"])
         p = mcnemar([bool(c) for c in best["correct"]], [bool(c) for c in probe["correct"]])

@@ -25,6 +25,7 @@ class CausalLM(Task):
 
     slug: ClassVar[str] = "causal-lm"
     main: ClassVar[str] = "loss"
+    per_token: ClassVar[bool] = True
     greater: ClassVar[bool] = False
 
     @classmethod

@@ -73,6 +73,8 @@ class Task(ABC):
     """The metric that chooses the best checkpoint."""
     greater: ClassVar[bool] = True
     """Whether more of it is better."""
+    per_token: ClassVar[bool] = False
+    """Whether the loss is a mean over tokens, which counts the tokens of a whole step, over all processes."""
     grouped: ClassVar[bool] = True
     """Whether rows differ in length, so that batches of similar length save work."""
 

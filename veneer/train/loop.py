@@ -191,8 +191,8 @@ class RunTrainer(AdapterTrainer):
     def prepare_run(self, task: Task, callback: RunCallback) -> None:
         self.task, self.callback = task, callback
         self.compute_metrics = self._validation_metrics
-        if task.slug in ("text-classification", "text-regression", "image-classification"):
-            self.loss_is_scaled_for_ga = False  # their models give the mean over the batch, whatever they are told
+        if not task.per_token:  # their models give the mean over the batch, whatever number of tokens they are told
+            self.model_accepts_loss_kwargs = False
 
     @property
     def clock(self) -> Clock:
