@@ -23,15 +23,14 @@ def overview() -> list[str]:
 def matrix() -> list[str]:
     if not MATRIX.exists():
         return ["Run the conformance suite with `--write-matrix` to fill this table."]
-    found = json.loads(MATRIX.read_text())
-    features = sorted({f for row in found.values() for f in row})
+    found = json.loads(MATRIX.read_text(encoding="utf-8"))
+    features, reasons = found["features"], dict[str, int]()
     lines = ["| method | " + " | ".join(features) + " |", "|---|" + "---|" * len(features)]
-    reasons: dict[str, int] = {}
-    for slug in sorted(found):
+    for slug, row in found["methods"].items():
         cells = []
         for feature in features:
-            said = found[slug].get(feature, "")
-            cells.append("✓" if said == "yes" else "" if not said else f"–<sup>{reasons.setdefault(said, len(reasons) + 1)}</sup>")
+            said = row[feature]
+            cells.append("✓" if said is True else f"–<sup>{reasons.setdefault(str(said), len(reasons) + 1)}</sup>")
         lines.append(f"| `{slug}` | " + " | ".join(cells) + " |")
     return [*lines, "", *(f"{n}. {reason}" for reason, n in reasons.items())]
 
@@ -39,7 +38,8 @@ def matrix() -> list[str]:
 def details() -> list[str]:
     lines: list[str] = []
     for card in registry.methods():
-        lines += ["", f"### {card.slug}", "", f"**{card.formula}**", "", card.text.strip(), "", "| option | default | legal | |", "|---|---|---|---|"]
+        lines += ["", f"### {card.slug}", "", f"**{card.formula}**", "", card.text.strip(), ""]
+        lines += ["| option | default | legal | |", "|---|---|---|---|"]
         for option in card.options:
             legal = option.legal.replace("|", "\\|")
             lines.append(f"| `{option.name}` | `{option.default!r}` | {legal} | {option.help} |")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,3 +64,8 @@ def test_the_added_method_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
         before = output(model, batch)
         torch.testing.assert_close(output(tuned.merge().model, batch), before)
         tuned.unmerge().save(tmp_path / name)
+
+
+def test_the_methods_page_is_current() -> None:
+    done = subprocess.run([sys.executable, "docs/build.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -16,7 +16,7 @@ WIDTH, HEIGHT = 400, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 388, 14, 252
 COLOURS = 8
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "5 2", "1 2")
-MOST_POINTS = 60
+MOST_POINTS = 40
 
 Row = Mapping[str, Any]
 StudyDict = Mapping[str, Any]
@@ -255,10 +255,8 @@ def _wide(rows: Sequence[tuple[int, Row]], key: str) -> bool:
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MOST_POINTS points: means over equal stretches, the last point kept."""
+    """At most MOST_POINTS points: means over equal stretches, each at its last step."""
     points = [p for p in points if math.isfinite(p[1])]
-    if len(points) <= MOST_POINTS:
-        return points
-    stretch = math.ceil(len(points) / (MOST_POINTS - 1))
-    parts = [points[k : k + stretch] for k in range(0, len(points) - 1, stretch)]
-    return [(part[-1][0], sum(p[1] for p in part) / len(part)) for part in parts[:-1]] + [points[-1]]
+    stretch = math.ceil(len(points) / MOST_POINTS) or 1
+    parts = [points[k : k + stretch] for k in range(0, len(points), stretch)]
+    return [(part[-1][0], sum(p[1] for p in part) / len(part)) for part in parts]

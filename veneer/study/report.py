@@ -131,11 +131,11 @@ def figures(study: Mapping[str, Any]) -> str:
         (f"{name.capitalize()} of every method", "whiskers: 95 % interval; band: interval of the best", charts.forest_chart(study)),
         (f"{name.capitalize()} and trained parameters", "up and left is better" if _higher(study) else "down and left is better",
          charts.parameters_chart(study)),
-        (f"{name.capitalize()} and time", "whole training run, evaluation included", charts.time_chart(study)),
+        (f"{name.capitalize()} and time", "training, with the evaluations during it", charts.time_chart(study)),
         (f"{name.capitalize()}, time and parameters", "bubble area: trained parameters", charts.bubble_chart(study)),
         (f"Held-out {name} while training", "evaluated on the validation split",
          charts.curves_chart(study, "value", f"Held-out {name} by step", name)),
-        ("Training loss", "mean over the steps between two records", charts.curves_chart(study, "loss", "Training loss by step", "loss")),
+        ("Training loss", "mean over short stretches of steps", charts.curves_chart(study, "loss", "Training loss by step", "loss")),
     )  # fmt: skip
     return '<div class="charts">' + "".join(
         f"<figure><figcaption>{esc(title)}<span>{esc(hint)}</span></figcaption>{drawing}</figure>" for title, hint, drawing in drawings

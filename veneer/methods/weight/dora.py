@@ -42,7 +42,7 @@ class DoRA(WeightMethod):
 
     @property
     def limits(self) -> Mapping[str, str]:  # type: ignore[override]
-        return {} if self.exact_norm else {"gradients": "the row norms count as constants, as in the paper; exact_norm=True differentiates them"}
+        return {} if self.exact_norm else {"gradients": "row norms count as constants, as in the paper, unless exact_norm=True"}
 
     @property
     def scale(self) -> float:
