@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import veneer
-from veneer.adapt import Tuned
 from veneer.errors import Unsupported, VeneerError
+from veneer.tuned import Tuned
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
 WORLD = 2

@@ -18,8 +18,8 @@ from tiny import SUBJECTS, VOCABULARY, loss, output, spread
 from torch import Tensor, nn
 
 import veneer
-from veneer.adapt import Tuned
 from veneer.errors import BadFile, BadValue, Mismatch, NoMatch, UnknownName, Unsupported, VeneerError
+from veneer.tuned import Tuned
 
 LORA = "lora(r=2)"
 IDS = torch.tensor([[5, 9, 13, 21, 8, 7], [11, 3, 17, 30, 41, 2]])

@@ -7,8 +7,9 @@ from tiny import SUBJECTS, output
 
 import veneer
 from veneer import anatomy
-from veneer.adapt import Adapter, Fresh
+from veneer.adapter import Adapter
 from veneer.site import whole_sites
+from veneer.source import Fresh
 
 
 def test_whole_and_row_adapters_add_up() -> None:

@@ -11,8 +11,8 @@ from tiny import loss, output
 from torch import nn
 
 import veneer
-from veneer.adapt import Tuned
 from veneer.errors import Unsupported
+from veneer.tuned import Tuned
 
 SPECS = ["lora(r=4)", "dora(r=4)", "wegeft(r=4)", "ssf", "bottleneck-adapter(m=4)", "prompt-tuning(length=2)"]
 

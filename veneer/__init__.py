@@ -22,7 +22,7 @@ _HOME = {
     "parse": "spec",
     "attach": "adapt",
     "of": "adapt",
-    "Tuned": "adapt",
+    "Tuned": "tuned",
     "load": "store",
     "Method": "method",
     "WeightMethod": "method",
@@ -37,7 +37,7 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
-    from veneer.adapt import Tuned, attach, of
+    from veneer.adapt import attach, of
     from veneer.errors import VeneerError
     from veneer.method import ActivationMethod, LowRankMethod, Method, PromptMethod, SelectionMethod, Stack, WeightMethod
     from veneer.registry import method, methods, register
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from veneer.spec import parse
     from veneer.store import load
     from veneer.strategy import Strategy
+    from veneer.tuned import Tuned
 
 __all__ = [
     "ActivationMethod", "LowRankMethod", "Method", "PromptMethod", "SelectionMethod", "Site", "Stack", "Strategy", "Tuned",

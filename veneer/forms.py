@@ -216,3 +216,18 @@ def form_of(module: nn.Module, kind: str, parameter: str) -> Form:
 def read_from_outside(module: nn.Module) -> bool:
     """Whether the owner reads this layer's weight itself instead of calling the layer (`nn.MultiheadAttention.out_proj`)."""
     return isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+
+
+def keep_trainable(module: nn.Module) -> None:
+    """Some CPUs repack bitsandbytes 4-bit weights at the first evaluation, after which gradients stop silently: prevent or undo it."""
+    if not hasattr(module, "support_avx512bf16_for_cpu"):
+        return
+    module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    weight: Any = module.weight
+    state: Any = getattr(weight, "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
+        from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpacked
+
+        weight.data, weight.quant_state = unpacked(weight.data, state)
+        if not weight.quant_state.nested:  # left in the packed order there
+            weight.quant_state.absmax = weight.quant_state.absmax.T.reshape(-1).float()

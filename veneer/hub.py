@@ -15,7 +15,7 @@ from veneer.errors import BadFile, BadValue, MissingExtra, VeneerError
 from veneer.spec import parse_spec
 
 if TYPE_CHECKING:
-    from veneer.adapt import Tuned
+    from veneer.tuned import Tuned
 
 FILES = ["adapter.safetensors", "veneer.json", "adapter_model.safetensors", "adapter_config.json", "README.md"]
 """What is fetched: our files and PEFT's, none of which can run code."""

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.errors import Unsupported
-from veneer.layer import Part, Slot, adapt
+from veneer.layer import adapt
+from veneer.part import Part
 from veneer.route import Active, Route
+from veneer.slot import Slot
 
 # -- what is active -------------------------------------------------------------------------------------------
 

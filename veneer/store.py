@@ -20,15 +20,17 @@ from torch import Generator, Tensor, nn
 
 import veneer
 from veneer import anatomy
-from veneer.adapt import Adapter, Source, Tuned, check_name, tuned_of
+from veneer.adapter import Adapter
 from veneer.errors import BadFile, Mismatch, VeneerError, nearest
 from veneer.site import whole_sites
+from veneer.source import Source
 from veneer.spec import parse
+from veneer.tuned import Tuned, check_name, tuned_of
 
 if TYPE_CHECKING:
-    from veneer.layer import Slot
     from veneer.method import Method, Params
     from veneer.site import Site
+    from veneer.slot import Slot
 
 WEIGHTS, FACTS = "adapter.safetensors", "veneer.json"
 FORMAT = 1

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from veneer.adapt import Tuned
+    from veneer.tuned import Tuned
 
 
 class Strategy:

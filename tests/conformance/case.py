@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import veneer
 from veneer import anatomy, registry
-from veneer.adapt import Tuned
 from veneer.errors import BadValue, NoMatch, Unsupported
 from veneer.method import Method, replaced
 from veneer.site import Site
+from veneer.tuned import Tuned
 
 HOMES = ("llama", "bert", "vit", "convnet", "gpt2", "encoder")
 """Where a method is at home: the first model that its default targets fit."""

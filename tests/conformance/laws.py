@@ -21,11 +21,13 @@ from torch import Tensor, nn
 
 import veneer
 from veneer import anatomy
-from veneer.adapt import Tuned
+from veneer.calls import Frozen, Link, Rows
 from veneer.errors import BadValue, NoMatch, UnknownName, Unsupported
 from veneer.forms import form_of
-from veneer.layer import LAYERS, Frozen, Link, Part, Rows, Slot
 from veneer.method import SelectionMethod, replaced
+from veneer.part import LAYERS, Part
+from veneer.slot import Slot
+from veneer.tuned import Tuned
 
 Law = Callable[[Case], None]
 LAWS: dict[str, Law] = {}

@@ -17,7 +17,7 @@ from veneer.spec import parse_spec
 if TYPE_CHECKING:
     from torch import nn
 
-    from veneer.adapt import Tuned
+    from veneer.tuned import Tuned
 
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest difference relative to the largest output that a merge may make, by the dtype of the weights."""

@@ -14,15 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt import Adapter, Source, Tuned, check_name, tuned_of
+from veneer.adapter import Adapter
 from veneer.errors import Unsupported, nearest
-from veneer.layer import Slot
 from veneer.method import Method, Params, Stack
 from veneer.site import Site
+from veneer.slot import Slot
+from veneer.source import Source
 from veneer.store import CannotWrite, write_tensors, write_text
 from veneer.tools.peft_names import CONFIG, PROMPTS, WEIGHTS, Places
 from veneer.tools.peft_read import READERS, Given, Piece, check_options, read_config, read_given, read_saved_modules
 from veneer.tools.peft_write import WRITERS, Grouped, Taken, finish, write_as_lora, write_extras, write_method
+from veneer.tuned import Tuned, check_name, tuned_of
 
 
 @dataclass(frozen=True)

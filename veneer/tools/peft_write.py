@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.adapt import Tuned
+from veneer.calls import Frozen
 from veneer.errors import BadValue, Unsupported
 from veneer.forms import Form
-from veneer.layer import Frozen, Part, Slot, add_fold
 from veneer.method import LowRankMethod
+from veneer.part import Part, add_fold
 from veneer.site import Site
+from veneer.slot import Slot
 from veneer.starts import truncated_svd
 from veneer.tools.peft_names import (
     LAYERS,
@@ -32,6 +33,7 @@ from veneer.tools.peft_names import (
     stored_shape,
     turned,
 )  # fmt: skip
+from veneer.tuned import Tuned
 
 
 @dataclass

@@ -41,6 +41,7 @@ class Recipe:
     seed: int = option(0, "seed of first values, order and dropout", ge=0)
     eval_every: int | None = option(None, "steps between evaluations on the validation rows; a fifth of the run if not given", ge=1)
     checkpoint_every: int | None = option(None, "steps between checkpoints; a twentieth of the run if not given", ge=1)
+    base_dropout: float | None = option(None, "dropout of the base in training, 0 saves time; the model's own if not given", ge=0, lt=1)
     patience: int | None = option(None, "stop after so many evaluations without a better one", ge=1)
     precision: str = option("auto", "number format", choices=PRECISIONS)
     device: str = option("auto", "where to train", choices=DEVICES)

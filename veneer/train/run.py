@@ -24,8 +24,8 @@ from veneer.train.outcome import RUN_FILE, Outcome, read_run
 from veneer.train.recipe import Recipe
 
 if TYPE_CHECKING:
-    from veneer.adapt import Tuned
     from veneer.train.loop import RunTrainer
+    from veneer.tuned import Tuned
 
 LOG_FILE = "log.jsonl"
 ADAPTER = "adapter"
@@ -372,6 +372,17 @@ def load(recipe: Recipe, task: Task, device: str, precision: str) -> tuple[Any, 
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     return model.to(device), processor
+
+
+def _set_dropout(model: Any, p: float) -> None:
+    """One dropout for all of the base: its dropout layers, and the probabilities that attention modules hold as numbers."""
+    import torch
+
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = p
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = p
 
 
 def _quiet() -> None:

@@ -20,7 +20,7 @@ from veneer.errors import Mismatch, VeneerError
 from veneer.train.state import random_state, read_state, set_random_state, write_state
 
 if TYPE_CHECKING:
-    from veneer.adapt import Tuned
+    from veneer.tuned import Tuned
 
 OPTIMISER = "optimizer.safetensors"
 RANDOM = "random-{rank}.safetensors"

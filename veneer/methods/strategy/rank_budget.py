@@ -13,7 +13,7 @@ from veneer.errors import BadValue
 from veneer.strategy import Strategy
 
 if TYPE_CHECKING:
-    from veneer.adapt import Tuned
+    from veneer.tuned import Tuned
 
 Triplets = dict[str, Tensor]
 """P [out, r], lambda [r], Q [r, in] of one matrix (also stacked, [count, …]), or something of the same shapes."""

@@ -1,0 +1,103 @@
+"""What is held where: the tensors of an adapter at one place, and one method at one site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from veneer.method import Method, Params
+from veneer.site import Site
+
+LAYERS = ("linear", "conv", "embedding", "norm")
+"""Kinds of sites that are layers with a weight of their own."""
+
+
+class Tensors(nn.Module):
+    """The tensors of one adapter at one place (a layer, or the root for shared ones)."""
+
+    def hold(self, name: str, tensor: Tensor, trained: bool) -> str:
+        """Registers a tensor under the name (made unique) and returns the name it got."""
+        key, n = name.replace(".", "_"), 1
+        while key in self._parameters or key in self._buffers:
+            n += 1
+            key = f"{name.replace('.', '_')}_{n}"
+        if trained:
+            self.register_parameter(key, nn.Parameter(tensor))
+        else:
+            self.register_buffer(key, tensor)
+        return key
+
+    def named(self, keys: Mapping[str, str]) -> Params:
+        """The tensors by their names in the method."""
+        out = {}
+        for name, key in keys.items():
+            tensor = self._parameters.get(key)
+            out[name] = tensor if tensor is not None else self._buffers[key]
+        return out  # type: ignore[return-value]
+
+
+class Part:
+    """One method at one site: its place in the stack, and where its tensors are held."""
+
+    def __init__(
+        self,
+        index: int,
+        method: Method,
+        site: Site,
+        held: Tensors,
+        keys: dict[str, str],
+        shared: Tensors | None,
+        shared_keys: dict[str, str],
+    ):
+        self.index, self.method, self.site = index, method, site
+        self.held, self.keys, self.shared, self.shared_keys = held, keys, shared, shared_keys
+
+    def tensors(self) -> Params:
+        p = self.held.named(self.keys)
+        if self.shared is not None and self.shared_keys:
+            p.update(self.shared.named(self.shared_keys))
+        return p
+
+    def fold(self, W: Tensor, b: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The method's fold; for stacked matrices, once per matrix."""
+        if not self.site.count:
+            return self.method.fold(W, b, self.tensors(), self.site)
+        axes = {name: 0 if name in self.keys else None for name in self.tensors()}
+        folded = torch.vmap(lambda w, p: self.method.fold(w, None, p, self.site)[0], in_dims=(0, axes))
+        return folded(W, self.tensors()), b
+
+
+def compute_dtype(W: Tensor) -> torch.dtype:
+    """Half-precision weights are worked on in float32."""
+    return torch.float32 if W.dtype in (torch.float16, torch.bfloat16) or not W.is_floating_point() else W.dtype
+
+
+def add_fold(
+    new_W: Tensor, new_b: Tensor | None, W: Tensor, b: Tensor | None, rows: tuple[int, int] | None, chain: list[Part], weight: float
+) -> tuple[Tensor, Tensor | None]:
+    """Adds weight · (folded − frozen) for one row range; with weight 1 on untouched rows, the fold itself."""
+    at = slice(None) if rows is None else slice(*rows)
+    stacked = bool(chain[0].site.count)
+    own_W = W[:, at] if stacked else W[at]
+    own_b = None if b is None else b[at]
+    folded_W, folded_b = own_W, own_b
+    for part in chain:
+        folded_W, folded_b = part.fold(folded_W, folded_b)
+    if folded_W is not own_W:
+        now = new_W[:, at] if stacked else new_W[at]
+        change = folded_W if weight == 1.0 and new_W is W else now + weight * (folded_W - own_W)
+        new_W = change if rows is None else placed(new_W, change, rows, 1 if stacked else 0)
+    if folded_b is not None and folded_b is not own_b:
+        whole = torch.zeros(W.shape[0], dtype=folded_b.dtype, device=folded_b.device) if new_b is None else new_b
+        old = 0 if own_b is None else own_b
+        change = folded_b if weight == 1.0 and new_b is b else whole[at] + weight * (folded_b - old)
+        new_b = change if rows is None else placed(whole, change, rows, 0)
+    return new_W, new_b
+
+
+def placed(whole: Tensor, piece: Tensor, rows: tuple[int, int], axis: int) -> Tensor:
+    """`whole` with `piece` in place of its rows."""
+    before, _, after = whole.split([rows[0], rows[1] - rows[0], whole.shape[axis] - rows[1]], axis)
+    return torch.cat([before, piece, after], axis)
