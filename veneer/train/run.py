@@ -366,6 +366,8 @@ def load(recipe: Recipe, task: Task, device: str, precision: str) -> tuple[Any, 
     set_seed(recipe.seed)  # a fresh head is drawn here
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     model, processor = task.load(recipe.model, dtype=dtype)
+    if recipe.base_dropout is not None:
+        _set_dropout(model, recipe.base_dropout)
     config: Any = model.config
     if getattr(config, "use_cache", None):
         config.use_cache = False
