@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 # Comparable budgets: LoRA (24 matrices of 384 × 384, rank 3), WeGeFT (4 shared pairs, rank 18) and prefix tuning (6 layers,
 # 12 keys and values) all train exactly 55,296 numbers; SSF has no size to choose and trains 51,456 on this encoder.
 # Learning rates differ by nature; these come from a few short runs, judged on the validation sentences.
-# The probe trains one small layer on features of little spread, so it gets a large rate and more steps: enough to come
-# within three points of its limit (a logistic regression on the same features, fitted to the end, gets 72.8 %).
-PROBE, PROBE_LR, PROBE_STEPS = "probe", 0.1, 1.5
+# The probe trains one small layer on features of little spread, so it gets a large rate and more steps. Its limit, a
+# logistic regression on the same features fitted to the end, is 72.8 %; on features averaged over the words it is 78.8 %.
+PROBE, PROBE_LR, PROBE_STEPS = "probe", 0.1, 1.6
 METHODS = (
     ("lora(r=3, targets='attn.q attn.k attn.v attn.o')", 3e-3),
     ("wegeft(r=18, targets='attn.q attn.k attn.v attn.o')", 2e-3),
@@ -39,7 +39,7 @@ METHODS = (
     ("prefix-tuning(length=12)", 3e-2),
 )
 COMMAND = "make demo"
-STEPS = 110
+STEPS = 85
 TEST, VALIDATION = 2000, 400
 SENTENCES = (
     "A warm, funny film that never loses its way.",
@@ -86,6 +86,7 @@ def train_all(out: Path, steps: int = STEPS, *, again: bool = False) -> Study:
             ("Task", "is a sentence from a film review positive or negative?"),
             ("Training", f"{counts}, in the same order for every method, seed 0; AdamW"),
             ("Split", f"{TEST:,} test and {VALIDATION:,} validation sentences, drawn once with a fixed seed; no sentence is in two parts"),
+            ("Probe", "fitted to the end it reaches 72.8 % on these features, and 78.8 % on features averaged over the words"),
             ("Command", COMMAND),
         ],
         command=COMMAND,
@@ -101,7 +102,7 @@ def recipes(data: Path, steps: int) -> list[Recipe]:
     return [
         Recipe(
             model="minilm", data=str(data), method=spec, task="text-classification", text="text", label="label",
-            lr=lr, steps=count, batch_size=32, eval_batch_size=64, max_length=64, eval_every=max(1, count // 3), base=spec == PROBE,
+            lr=lr, steps=count, batch_size=32, eval_batch_size=64, max_length=64, eval_every=max(1, count // 2), base=spec == PROBE,
             base_dropout=0.0,
         )
         for spec, lr, count in ((PROBE, PROBE_LR, round(PROBE_STEPS * steps)), *((spec, lr, steps) for spec, lr in METHODS))
