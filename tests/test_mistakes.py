@@ -27,7 +27,7 @@ class Mistake:
     code: int = 2
 
 
-TRAIN = "train --model minilm --data good.csv --steps 1 --out run"
+TRAIN = "train --model ./base --data good.csv --steps 1 --out run"
 
 MISTAKES = {
     "command": Mistake("trian --model minilm", ("no command 'trian'", "'train'", "veneer --help")),
@@ -49,13 +49,13 @@ MISTAKES = {
     "recipe": Mistake("train god.yaml", ("no recipe god.yaml", "'good.yaml'")),
     "setting in a recipe": Mistake("train typo.yaml", ("no setting 'epocs'", "'epochs'")),
     "recipe that is not YAML": Mistake("train broken.yaml", ("broken.yaml, line", "not YAML")),
-    "data file": Mistake("train --model minilm --data god.csv", ("no file god.csv", "'good.csv'")),
+    "data file": Mistake("train --model ./base --data god.csv", ("no file god.csv", "'good.csv'")),
     "column": Mistake(f"{TRAIN} --label lable", ("good.csv", "no column 'lable'", "'label'", "--label")),
-    "line": Mistake("train --model minilm --data broken.jsonl --out run", ("broken.jsonl, line 2", "not JSON")),
-    "encoding": Mistake("train --model minilm --data latin.csv --out run", ("latin.csv, line 2", "UTF-8")),
-    "no rows": Mistake("train --model minilm --data header.csv --out run", ("header.csv", "no rows")),
-    "empty split": Mistake("train --model minilm --data tiny.csv --out run", ("tiny.csv", "too few")),
-    "label unseen in training": Mistake("train --model minilm --data unseen --out run", ("unseen", "perhaps", "test.csv, line 3")),
+    "line": Mistake("train --model ./base --data broken.jsonl --out run", ("broken.jsonl, line 2", "not JSON")),
+    "encoding": Mistake("train --model ./base --data latin.csv --out run", ("latin.csv, line 2", "UTF-8")),
+    "no rows": Mistake("train --model ./base --data header.csv --out run", ("header.csv", "no rows")),
+    "empty split": Mistake("train --model ./base --data tiny.csv --out run", ("tiny.csv", "too few")),
+    "label unseen in training": Mistake("train --model ./base --data unseen --out run", ("unseen", "perhaps", "test.csv, line 3")),
     "folder that cannot be made": Mistake(f"{TRAIN.replace('--out run', '--out good.csv/run')}", ("good.csv/run", "--out")),
     "spec of a comparison": Mistake("compare --model minilm --data good.csv --methods lora sff", ("no method 'sff'", "'ssf'")),
     "adapter folder": Mistake("inspect adaptr", ("'adaptr' does not exist", "'adapter'")),
@@ -109,6 +109,8 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         (place / name).write_text(text, encoding="utf-8")
     (place / "latin.csv").write_bytes("text,label\ncafé,yes\n".encode("latin-1"))
     (place / "empty").mkdir()
+    (place / "base").mkdir()
+    (place / "base" / "config.json").write_text("{}")
     (place / "unseen").mkdir()
     (place / "unseen" / "train.csv").write_text(GOOD)
     (place / "unseen" / "test.csv").write_text("text,label\na,yes\nb,perhaps\n")

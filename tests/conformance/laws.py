@@ -664,6 +664,17 @@ LAWS = {
 FEATURES = tuple(LAWS)
 
 
+PLACES = {
+    "model": "the model's input tokens",
+    "attention": "attention's keys and values",
+    "block": "the tokens between blocks",
+    "branch": "whole sub-layers",
+    "norm": "norms",
+    "linear": "linear layers",
+    "conv": "convolutions",
+}
+
+
 def declared(case: Case, feature: str) -> str | None:
     """Why this cell cannot hold, as the method says it or as its kinds of sites do; None when it must hold."""
     limits = case.method.limits
@@ -674,7 +685,7 @@ def declared(case: Case, feature: str) -> str | None:
     if feature in LAYER_KINDS:
         kinds = case.method.kinds
         if LAYER_KINDS[feature].kind not in kinds:
-            return f"it acts on sites of kind {', '.join(kinds)}, not on a layer of this kind"
+            return f"it acts on {', '.join(PLACES.get(kind, kind) for kind in kinds)}, not on a layer of this kind"
         if feature == "mha" and "merge" in limits:
             return f"its projections are read as weights, and {limits['merge']}"
     return None

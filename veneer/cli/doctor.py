@@ -12,7 +12,7 @@ from typing import Any
 from veneer.cli.output import table, version
 from veneer.study import format
 
-CORE = ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "numpy", "typer", "rich", "PyYAML")
+CORE = ("torch", "transformers", "accelerate", "safetensors", "huggingface_hub", "numpy", "rich", "PyYAML")
 EXTRAS = {
     "datasets": "data",
     "pillow": "data",

@@ -44,7 +44,7 @@ class BottleneckAdapter(ActivationMethod):
     start: str = option("zero_up", "first values", choices=("zero_up", "bert", "houlsby"))
     kinds = ("linear", "norm", "branch")
     aliases = {"bottleneck": "m", "reduction_factor": "reduction", "non_linearity": "act", "scaling": "s", "init": "start"}
-    limits = {"merge": "it is nonlinear", "unmerge": "it is nonlinear", "conv2d": "not a sub-layer", "embedding": "not a sub-layer"}
+    limits = {"merge": "it is nonlinear"}
 
     def validate(self) -> None:
         if self.s == 0:

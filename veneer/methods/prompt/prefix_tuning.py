@@ -41,13 +41,8 @@ class PrefixTuning(PromptMethod):
     kinds = ("attention",)
     aliases = {"P": "length", "num_virtual_tokens": "length", "prefix_length": "length", "encoder_hidden_size": "mid"}
     limits = {
-        "linear": "it acts on attention",
-        "conv1d": "it acts on attention",
-        "conv2d": "it acts on attention",
-        "embedding": "it acts on attention",
         "identity": "learned keys take attention from the start",
         "merge": "keys and values are added to attention; no weight holds them",
-        "unmerge": "keys and values are added to attention; no weight holds them",
     }
 
     def init(self, site: Site, generator: Generator) -> Params:

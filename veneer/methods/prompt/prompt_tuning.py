@@ -40,13 +40,8 @@ class PromptTuning(PromptMethod):
     default_targets = "model"
     aliases = {"Pn": "length", "num_virtual_tokens": "length", "prompt_length": "length", "init": "start"}
     limits = {
-        "linear": "it acts on the model's input",
-        "conv1d": "it acts on the model's input",
-        "conv2d": "it acts on the model's input",
-        "embedding": "it acts on the model's input",
         "identity": "extra tokens change attention from the start",
         "merge": "tokens are added to the input; no weight holds them",
-        "unmerge": "tokens are added to the input; no weight holds them",
     }
 
     def validate(self) -> None:

@@ -43,10 +43,12 @@ class VPT(PromptMethod):
 
     @property
     def limits(self) -> dict[str, str]:  # type: ignore[override]
-        outside = dict.fromkeys(("linear", "conv1d", "conv2d", "embedding"), "it acts on the tokens between blocks")
-        merging = dict.fromkeys(("merge", "unmerge"), "tokens are added between blocks; no weight holds them")
+        always = {
+            "identity": "extra tokens change attention from the start",
+            "merge": "tokens are added between blocks; no weight holds them",
+        }
         ragged = {} if self.deep else {"weighted": "the prompts of two shallow adapters lengthen the same tokens"}
-        return {"identity": "extra tokens change attention from the start", **outside, **merging, **ragged}
+        return always | ragged
 
     def validate(self) -> None:
         if not self.deep and self.leave_out:

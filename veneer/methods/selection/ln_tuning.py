@@ -25,12 +25,6 @@ class LNTuning(SelectionMethod):
     default_lr = 3e-3
     default_targets = "norm"
     kinds = ("norm",)
-    limits = {
-        "linear": "it acts on norms",
-        "conv1d": "it acts on norms",
-        "conv2d": "it acts on norms",
-        "embedding": "it acts on norms",
-    }
 
     def init(self, site: Site, generator: Generator) -> Params:
         return {"gamma": ones((site.out_features,)), "beta": zeros((site.out_features,))}

@@ -83,12 +83,11 @@ class DoRA(WeightMethod):
     def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
         c, b = self.gain(call.weight(), p), call.bias()
         wide = (-1, *(1,) * len(site.kernel))  # channels are axis 1 of a convolution's output, the last axis elsewhere
-        c, rest = c.reshape(wide), 0 if b is None else (b * (1 - c)).reshape(wide)  # the bias is not rescaled
-        if self.magnitude_only:
-            return c * call(x) + rest
+        c, rest = c.reshape(wide), None if b is None else (b * (1 - c)).reshape(wide)  # the bias is not rescaled
+        if not (self.dropout and call.training and x.is_floating_point()) or self.magnitude_only:
+            h = c * (call(x) if self.magnitude_only else call.add_low_rank(x, self.scale * p["B"], p["A"]))
+            return h if rest is None else h + rest
         L, R = self.scale * p["B"], p["A"]
-        if not (self.dropout and call.training and x.is_floating_point()):
-            return c * call.add_low_rank(x, L, R) + rest
         z = dropout(x, self.dropout)  # the frozen term reads x, everything else what dropout left of it
         h = call.apply(z, bias=None)
         t = call.add_low_rank(z, L, R) - call(z) if site.kernel else linear(linear(z, R.to(z.dtype)), L.to(z.dtype))

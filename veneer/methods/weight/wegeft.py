@@ -48,7 +48,7 @@ class WeGeFT(WeightMethod):
 
     @property
     def limits(self) -> Mapping[str, str]:  # type: ignore[override]
-        features = ("merge", "unmerge", "embedding", "conv2d")
+        features = ("merge", "embedding", "conv2d")
         return {} if self.positions is None else dict.fromkeys(features, "only some token positions are edited, which no weight can do")
 
     def check(self, site: Site) -> None:
