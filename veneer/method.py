@@ -153,7 +153,12 @@ class Method:
 
     def fold(self, W: Tensor, b: Tensor | None, p: Params, site: Site) -> tuple[Tensor, Tensor | None]:
         """Weight [out, in] (norms: gain [d]) and bias that make the frozen layer alone give the adapted output."""
-        raise Unsupported(self.limits.get("merge", f"{self.label} cannot be folded into a weight."))
+        reason = self.limits.get("merge", "it does not act on a weight")
+        raise Unsupported(f"{self.label} cannot be folded into a weight: {reason}.")
+
+    def weight(self, W: Tensor, p: Params, site: Site | None = None) -> Tensor:
+        """The weight [out, in] that makes a bare layer do what the method does; for tests and for people."""
+        return self.fold(W, None, p, site or Site.bare(W))[0]
 
     def strategy(self) -> Strategy | None:
         """What has to happen around training steps, if anything."""
@@ -229,7 +234,7 @@ class LowRankMethod(WeightMethod):
 
     def weight(self, W: Tensor, p: Params, site: Site | None = None) -> Tensor:
         L, R = self.factors(p, site or Site.bare(W))
-        return W + (L @ R).reshape(W.shape)
+        return W + (L.flatten(1) @ R.flatten(1)).reshape(W.shape)
 
     def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
         L, R = self.factors(p, site)
