@@ -66,7 +66,7 @@ def pairs() -> dict[str, tuple[str, Callable[[], Any] | None]]:
         "wegeft": (f"wegeft(r=8, {targets})", None),
         "ssf": ("ssf", None),
         "bottleneck-adapter": ("bottleneck-adapter(m=32)", None),
-        "bitfit": ("bitfit", None),
+        "bitfit": ("bitfit(create=True)", None),
     }
 
 
