@@ -104,9 +104,7 @@ def one_step_helps(case: Case, start: Callable[[], Tuned]) -> None:
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
-    return next(
-        p.dtype for p in base_tensors(model).values() if (p.is_floating_point() and p.ndim == 1) or (p.ndim > 1 and p.is_floating_point())
-    )
+    return next(p.dtype for p in base_tensors(model).values() if p.is_floating_point() and p.ndim)
 
 
 def layer_parts(tuned: Tuned) -> Iterator[tuple[Part, nn.Module, Slot]]:
@@ -195,7 +193,7 @@ def _below(part: Part, module: nn.Module, slot: Slot, seed: int) -> tuple[Any, T
     generator = torch.Generator().manual_seed(seed)
     site = part.site
     if site.kind == "embedding":
-        x = torch.randint(site.in_features, (3, 5), generator=generator)
+        x = torch.randint(1, site.in_features, (3, 5), generator=generator)  # not the padding id: torch keeps its row out of gradients
     elif site.kind == "conv":
         x = torch.empty(2, module.in_channels, *(9,) * len(site.kernel)).normal_(generator=generator).double()  # type: ignore[call-overload]
     elif site.kind == "norm" and type(module).__name__.endswith("GroupNorm"):
