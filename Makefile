@@ -79,7 +79,7 @@ test-all: $(STAMPS)/test carriers
 	$(RUN) OMP_NUM_THREADS=$(THREADS) $(PY) -m pytest -m slow tests
 
 bench: $(STAMPS)/test $(STAMPS)/carriers
-	$(RUN) $(PY) benchmarks/speed.py
+	$(RUN) $(PY) benchmarks/speed.py --json benchmarks/speed.json
 
 lint: $(STAMPS)/test
 	$(VENV)/bin/ruff format --check .
