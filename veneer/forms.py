@@ -19,7 +19,7 @@ from veneer.kernels.low_rank import add_low_rank, low_rank_linear
 class Form:
     """A plain layer whose parameter is already [out, in]. Subclasses say what differs."""
 
-    def __init__(self, module: nn.Module, parameter: str = "weight", bias: str = "bias") -> None:
+    def __init__(self, parameter: str = "weight", bias: str = "bias") -> None:
         self.parameter, self.bias_name = parameter, bias
 
     def raw(self, module: nn.Module) -> Tensor:
@@ -201,16 +201,16 @@ def form_of(module: nn.Module, kind: str, parameter: str) -> Form:
     """The form for a site of this kind on this module."""
     if kind == "linear" and parameter == "weight" and not read_from_outside(module):
         if type(module).__name__.removeprefix("Adapted") == "Conv1D":
-            return TransposedForm(module)
-        return QuantisedForm(module) if is_quantised(module) else LinearForm(module)
+            return TransposedForm()
+        return QuantisedForm() if is_quantised(module) else LinearForm()
     if kind == "embedding":
-        return EmbeddingForm(module)
+        return EmbeddingForm()
     if kind == "conv":
-        return ConvForm(module)
+        return ConvForm()
     if kind == "norm":
-        return NormForm(module)
+        return NormForm()
     bias = {"in_proj_weight": "in_proj_bias", "weight": "bias"}.get(parameter, parameter + "_bias")
-    return ParameterForm(module, parameter, bias)
+    return ParameterForm(parameter, bias)
 
 
 def read_from_outside(module: nn.Module) -> bool:

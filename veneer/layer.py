@@ -67,7 +67,7 @@ def slot_of(module: nn.Module, route: Route) -> Slot:
     """The module's slot, made if there is none; the module's class stays as it is."""
     if "veneer" in module._modules:
         return module._modules["veneer"]  # type: ignore[return-value]
-    slot = Slot(module, route, type(module).forward)
+    slot = Slot(route, type(module).forward)
     slot.train(module.training)
     module.add_module("veneer", slot)
     return slot

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from veneer.calls import Frozen, Rows, Whole, linked, mixed, only_on
 from veneer.errors import Unsupported
-from veneer.forms import Form, form_of
+from veneer.forms import Form, ParameterForm, form_of
 from veneer.part import LAYERS, Part, Tensors, add_fold
 from veneer.route import Active, Route, by_rows, join_rows, take_rows
 
@@ -36,7 +36,7 @@ def hidden_place(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> str 
 class Slot(nn.Module):
     """The child `veneer` of an adapted module: its adapters by name, and how the module runs with them."""
 
-    def __init__(self, module: nn.Module, route: Route, base_forward: Callable[..., Any]):
+    def __init__(self, route: Route, base_forward: Callable[..., Any]):
         super().__init__()
         self.route, self.base_forward = route, base_forward
         self.arguments = tuple(inspect.signature(base_forward).parameters)[1:]
@@ -99,7 +99,7 @@ class Slot(nn.Module):
     @property
     def by_property(self) -> bool:
         """Whether parameters are read through the class's properties instead of a call of this layer."""
-        return any(type(f).__name__ == "ParameterForm" for f in self.forms.values())
+        return any(isinstance(f, ParameterForm) for f in self.forms.values())
 
     def reads(self, module: nn.Module) -> bool:
         """Whether the module itself reads adapted parameters: its own, or those of layers it never calls."""
@@ -182,7 +182,7 @@ class Slot(nn.Module):
             def run(x: Tensor, y: Tensor, active: Active, name: str = name) -> Tensor:
                 base = Whole(only_on(x, y, name), module.training, f"the sub-layer {name}")
                 chosen = self.chosen(active, ("branch",), name)
-                return mixed(base, x, [(linked(base, parts, Form(module), module), w) for parts, w in chosen])
+                return mixed(base, x, [(linked(base, parts, Form(), module), w) for parts, w in chosen])
 
             if self.route.rows is None:
                 y = run(x, y, self.route.active)
@@ -211,7 +211,7 @@ class Slot(nn.Module):
 
             base = Whole(call, module.training, "a block")
             chosen = self.chosen(active, ("block",))
-            return mixed(base, x, [(linked(base, parts, Form(module), module), w) for parts, w in chosen])
+            return mixed(base, x, [(linked(base, parts, Form(), module), w) for parts, w in chosen])
 
         if self.route.rows is None:
             y = run(x, self.route.active, lambda v: v)
@@ -247,7 +247,7 @@ class Slot(nn.Module):
         if not self.route.on:
             return raw
         for parameter, form in self.forms.items():
-            if type(form).__name__ == "ParameterForm" and name in (parameter, form.bias_name):
+            if isinstance(form, ParameterForm) and name in (parameter, form.bias_name):
                 W, b = self.effective(module, parameter, self.route.active)
                 value = W if name == parameter else b
                 return raw if value is None or raw is None else value.to(raw.dtype).reshape(raw.shape)

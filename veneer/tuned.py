@@ -327,7 +327,7 @@ def check_name(name: str, tuned: Tuned) -> None:
     """Raises `BadValue` for a name that is taken or that a module cannot have."""
     if name in tuned.adapters:
         raise BadValue(f"attach: an adapter named {name!r} is already attached; choose another name or call remove({name!r}) first.")
-    if not name.isidentifier() or hasattr(Slot(nn.Module(), tuned.route, nn.Linear.forward), name):
+    if not name.isidentifier() or hasattr(Slot(tuned.route, nn.Linear.forward), name):
         raise BadValue(
             f"attach: the adapter name {name!r} must be a plain word of letters, digits and underscores, such as 'default' or 'french'."
         )
