@@ -39,7 +39,7 @@ def begun(method: Method, W: Tensor, site: Site | None = None, b: Tensor | None 
 def test_files_are_short() -> None:
     for family in registry.FAMILIES:
         for path in (METHODS / family).glob("[!_]*.py"):
-            assert len(path.read_text("utf-8").splitlines()) <= 100, path.name
+            assert len(path.read_text("utf-8").splitlines()) <= 120, path.name
 
 
 # -- LoRA and its starts ----------------------------------------------------------------------------------------

@@ -26,7 +26,10 @@ _HOME = {
     "load": "store",
     "Method": "method",
     "WeightMethod": "method",
+    "AdditiveMethod": "method",
+    "InputMethod": "method",
     "LowRankMethod": "method",
+    "OutputMethod": "method",
     "ActivationMethod": "method",
     "PromptMethod": "method",
     "SelectionMethod": "method",
@@ -39,7 +42,18 @@ _HOME = {
 if TYPE_CHECKING:
     from veneer.adapt import attach, of
     from veneer.errors import VeneerError
-    from veneer.method import ActivationMethod, LowRankMethod, Method, PromptMethod, SelectionMethod, Stack, WeightMethod
+    from veneer.method import (
+        ActivationMethod,
+        AdditiveMethod,
+        InputMethod,
+        LowRankMethod,
+        Method,
+        OutputMethod,
+        PromptMethod,
+        SelectionMethod,
+        Stack,
+        WeightMethod,
+    )
     from veneer.registry import method, methods, register
     from veneer.site import Site
     from veneer.spec import parse
@@ -48,8 +62,8 @@ if TYPE_CHECKING:
     from veneer.tuned import Tuned
 
 __all__ = [
-    "ActivationMethod", "LowRankMethod", "Method", "PromptMethod", "SelectionMethod", "Site", "Stack", "Strategy", "Tuned",
-    "VeneerError", "WeightMethod", "attach", "load", "method", "methods", "of", "parse", "register",
+    "ActivationMethod", "AdditiveMethod", "InputMethod", "LowRankMethod", "Method", "OutputMethod", "PromptMethod", "SelectionMethod",
+    "Site", "Stack", "Strategy", "Tuned", "VeneerError", "WeightMethod", "attach", "load", "method", "methods", "of", "parse", "register",
 ]  # fmt: skip
 
 

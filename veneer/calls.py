@@ -10,12 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.errors import Unsupported
-from veneer.forms import Form
-from veneer.method import KEEP, Call
+from veneer.forms import Form, LinearForm
+from veneer.kernels.rebuilt import rebuilt_linear
+from veneer.method import KEEP, Call, Params
 from veneer.part import Part, compute_dtype
 
 if TYPE_CHECKING:
     from veneer.slot import Slot
+
+
+def rebuilds(x: Tensor) -> bool:
+    """Whether a built weight is worth building twice: torch.compile decides that itself, autocast needs the plain operation."""
+    return x.is_floating_point() and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
 
 
 class Frozen(Call):
@@ -52,6 +58,12 @@ class Frozen(Call):
                 return y
         return self.form.low_rank(self.module, self(x), x if inner is None else inner, L, R)
 
+    def rebuild(self, x: Tensor, build: Callable[[Tensor, Params], Tensor], p: Params) -> Tensor:
+        if not isinstance(self.form, LinearForm) or not rebuilds(x):
+            return super().rebuild(x, build, p)
+        b = self.bias()
+        return rebuilt_linear(x, self.weight, None if b is None else b.to(x.dtype), build, p)
+
 
 class Rows(Call):
     """A row range of a fused layer. The whole layer runs once on its own input, whichever ranges are adapted."""
@@ -82,6 +94,12 @@ class Rows(Call):
     def add_low_rank(self, x: Tensor, L: Tensor, R: Tensor, inner: Tensor | None = None) -> Tensor:
         return self.whole.form.low_rank(self.whole.module, self(x), x if inner is None else inner, L, R)
 
+    def rebuild(self, x: Tensor, build: Callable[[Tensor, Params], Tensor], p: Params) -> Tensor:
+        if not rebuilds(x):
+            return super().rebuild(x, build, p)
+        b = self.bias()
+        return rebuilt_linear(x, self.weight, None if b is None else b.to(x.dtype), build, p)
+
 
 class Link(Call):
     """What a method made of the layer below it."""
@@ -91,6 +109,7 @@ class Link(Call):
         self.training = below.training
 
     def __call__(self, x: Tensor) -> Tensor:
+        self.below.notes = self.part.notes
         y = self.part.method.forward(self.below, x, self.part.tensors(), self.part.site)
         if x.is_floating_point():
             return y if y.dtype == x.dtype or torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)

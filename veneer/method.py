@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, cast
 
@@ -37,6 +37,7 @@ class Call:
     """
 
     training: bool
+    notes: dict[str, Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's output for the input x [..., in] → [..., out]."""
@@ -55,8 +56,21 @@ class Call:
         raise NotImplementedError
 
     def add_low_rank(self, x: Tensor, L: Tensor, R: Tensor, inner: Tensor | None = None) -> Tensor:
-        """call(x) + (inner Rᵀ) Lᵀ without forming L R; L [out, r], R [r, in]; inner is x unless given (dropout)."""
+        """call(x) + (inner Rᵀ) Lᵀ without forming L R; L [out, r], R [r, in]; inner is x unless given (dropout).
+
+        A factor that needs no gradient costs nothing to keep: x is saved only for R's, inner Rᵀ only for L's."""
         raise NotImplementedError
+
+    def rebuild(self, x: Tensor, build: Callable[[Tensor, Params], Tensor], p: Params) -> Tensor:
+        """The layer's operation with the weight build(W, p) [out, in], which backward builds again instead of keeping it.
+
+        `build` must give the same weight both times: no dropout in it."""
+        return self.apply(x, weight=build(self.weight(), p))
+
+    def note(self, key: str, value: Tensor) -> None:
+        """Leaves a tensor of this forward pass for the method's strategy (`Tuned.notes`); the next pass replaces it."""
+        if self.notes is not None and self.training:
+            self.notes[key] = value
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,13 @@ class Method:
     """Kinds of sites it can act on."""
     frozen: ClassVar[tuple[str, ...]] = ()
     """Names of tensors that are stored but not trained."""
+    fixed: ClassVar[tuple[str, ...]] = ()
+    """Names of tensors that are not trained and that `init` or `init_shared` give again from hyper-parameters (a `seed`)
+    and shapes alone, whatever generator they are handed: files leave them out and keep a checksum."""
+    sizes: ClassVar[tuple[str, ...]] = ("r",)
+    """Hyper-parameters that set the number of trained parameters; the first is the one to vary for a budget."""
+    weighs: ClassVar[bool] = False
+    """True if the shapes of its tensors depend on the frozen weight, so that counting needs the weights themselves."""
     limits: ClassVar[Mapping[str, str]] = {}
     """Features that the method's nature forbids, each with the reason: {"merge": "the bottleneck is nonlinear"}.
     Keys are the columns of the feature table; `conformance` reads them, and the library refuses with the reason."""
@@ -168,6 +189,10 @@ class Method:
         """Tensor name → factor on the learning rate, where it is not 1."""
         return {}
 
+    def low_rank(self, W: Tensor, p: Params, site: Site) -> tuple[Tensor, Tensor] | None:
+        """L [out, r] and R [r, in] with L R exactly the change of the weight W; None where it is not of low rank."""
+        return None
+
     # -- what every method can do ---------------------------------------------------------------------------
 
     @property
@@ -209,38 +234,114 @@ class Method:
 
 @dataclass(frozen=True)
 class WeightMethod(Method):
-    """W_eff = f(W; p). Give `weight`; forward, merge and all layer kinds follow."""
+    """W_eff = f(W; p). Give `weight`; forward, merge and all layer kinds follow.
+
+    The forward builds f(W; p) anew in backward, so that nothing of the weight's size is kept between the two.
+    """
 
     def weight(self, W: Tensor, p: Params, site: Site | None = None) -> Tensor:
         """The definition, dense: [out, in] → [out, in]."""
         raise NotImplementedError
 
     def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
-        return call.apply(x, weight=self.weight(call.weight(), p, site))
+        return call.rebuild(x, lambda W, p: self.weight(W, p, site), p)
 
     def fold(self, W: Tensor, b: Tensor | None, p: Params, site: Site) -> tuple[Tensor, Tensor | None]:
         return self.weight(W, p, site), b
 
 
 @dataclass(frozen=True)
-class LowRankMethod(WeightMethod):
-    """W_eff = W + L R. Give `factors`; the fused forward and backward never form L R."""
+class AdditiveMethod(WeightMethod):
+    """W_eff = W + ΔW(p). Give `change`, and `delta` where x ΔWᵀ does not need the dense ΔW."""
 
     dropout = 0.0  # not annotated: a method's own field of this name must keep its place among the arguments
+
+    def change(self, p: Params, site: Site) -> Tensor:
+        """ΔW [out, in], dense; scales are already in it."""
+        raise NotImplementedError
+
+    def delta(self, x: Tensor, p: Params, site: Site) -> Tensor:
+        """x ΔWᵀ for a linear layer, [..., in] → [..., out]. Cast what multiplies x to x's dtype."""
+        raise NotImplementedError
+
+    def weight(self, W: Tensor, p: Params, site: Site | None = None) -> Tensor:
+        return W + self.change(p, site or Site.bare(W)).reshape(W.shape)
+
+    def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
+        drops = bool(self.dropout) and call.training and x.is_floating_point()
+        if site.kind == "linear" and type(self).delta is not AdditiveMethod.delta:
+            return call(x) + self.delta(torch.nn.functional.dropout(x, self.dropout) if drops else x, p, site)
+        if drops:
+            return call(x) + call.apply(torch.nn.functional.dropout(x, self.dropout), weight=self.change(p, site), bias=None)
+        return super().forward(call, x, p, site)
+
+
+@dataclass(frozen=True)
+class LowRankMethod(AdditiveMethod):
+    """W_eff = W + L R. Give `factors`; the fused forward and backward never form L R."""
 
     def factors(self, p: Params, site: Site | None = None) -> tuple[Tensor, Tensor]:
         """L [out, r] and R [r, in]; scales are already in them."""
         raise NotImplementedError
 
-    def weight(self, W: Tensor, p: Params, site: Site | None = None) -> Tensor:
-        L, R = self.factors(p, site or Site.bare(W))
-        return W + (L.flatten(1) @ R.flatten(1)).reshape(W.shape)
+    def change(self, p: Params, site: Site) -> Tensor:
+        L, R = self.factors(p, site)
+        return L.flatten(1) @ R.flatten(1)
+
+    def low_rank(self, W: Tensor, p: Params, site: Site) -> tuple[Tensor, Tensor] | None:
+        return self.factors(p, site)
 
     def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
         L, R = self.factors(p, site)
         if self.dropout and call.training and x.is_floating_point():
             return call.add_low_rank(x, L, R, torch.nn.functional.dropout(x, self.dropout))
         return call.add_low_rank(x, L, R)
+
+
+@dataclass(frozen=True)
+class InputMethod(WeightMethod):
+    """W_eff = W Mᵀ: a linear layer reads x M in place of x. Give `turn`; the frozen layer runs as it is, packed or not."""
+
+    def turn(self, x: Tensor, p: Params, site: Site) -> Tensor:
+        """x M, linear in x, [..., in] → [..., in] in x's dtype.
+
+        Where M is near the identity give x plus a small term: in half precision 1 + a small step is 1."""
+        raise NotImplementedError
+
+    def weight(self, W: Tensor, p: Params, site: Site | None = None) -> Tensor:
+        flat = W.flatten(1)
+        M = self.turn(torch.eye(flat.shape[1]).to(flat), p, site or Site.bare(W))
+        return (flat @ M.T).reshape(W.shape)
+
+    def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
+        return call(self.turn(x, p, site)) if site.kind == "linear" else super().forward(call, x, p, site)
+
+
+@dataclass(frozen=True)
+class OutputMethod(WeightMethod):
+    """W_eff = Qᵀ W: the layer's output without its bias, h, becomes h Q. Give `turn`; the bias is turned too if `turns_bias`."""
+
+    turns_bias: ClassVar[bool] = False
+
+    def turn(self, h: Tensor, p: Params, site: Site) -> Tensor:
+        """h Q, linear in h, [..., out] → [..., out]; h comes in the tensors' dtype."""
+        raise NotImplementedError
+
+    def weight(self, W: Tensor, p: Params, site: Site | None = None) -> Tensor:
+        return self.turn(W.flatten(1).T, p, site or Site.bare(W)).T.reshape(W.shape)
+
+    def fold(self, W: Tensor, b: Tensor | None, p: Params, site: Site) -> tuple[Tensor, Tensor | None]:
+        return self.weight(W, p, site), self.turn(b, p, site) if self.turns_bias and b is not None else b
+
+    def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
+        b = None if self.turns_bias else call.bias()
+        h = call(x) if b is None else call.apply(x, bias=None)
+        h = h.to(torch.promote_types(h.dtype, next(iter(p.values())).dtype))  # a turn by a small angle must not round to none
+        if site.kind == "conv":  # channels are axis 1 there
+            y = self.turn(h.movedim(1, -1), p, site).movedim(-1, 1)
+            return y if b is None else y + b.reshape(-1, *(1,) * len(site.kernel))
+        y = self.turn(h, p, site)
+        return y if b is None else y + b
 
 
 @dataclass(frozen=True)

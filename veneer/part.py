@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,12 @@ class Part:
     ):
         self.index, self.method, self.site = index, method, site
         self.held, self.keys, self.shared, self.shared_keys = held, keys, shared, shared_keys
+        self.notes: dict[str, Tensor] = {}
+        """What the method left of the last forward pass for its strategy."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the notes: they belong to one pass, and tensors inside a graph cannot be copied."""
+        return {**self.__dict__, "notes": {}}
 
     def tensors(self) -> Params:
         p = self.held.named(self.keys)

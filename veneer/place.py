@@ -21,6 +21,11 @@ from veneer.slot import Slot
 from veneer.source import Source, cast_like, like_of
 
 
+def trained(method: Method, name: str) -> bool:
+    """Whether a method's tensor of this name is trained."""
+    return name not in method.frozen and name not in method.fixed
+
+
 class Places:
     """The places of one model where adapters are, and what was changed around them."""
 
@@ -42,7 +47,7 @@ class Places:
             module = self.model.get_submodule(members[0].module)
             like, holder = like_of(module, members[0]), root.holder(adapter.name)
             shared[group] = {
-                name: holder.hold(name if len(groups) == 1 else f"{group}_{name}", cast_like(t, like, module), name not in part.frozen)
+                name: holder.hold(name if len(groups) == 1 else f"{group}_{name}", cast_like(t, like, module), trained(part, name))
                 for name, t in source.shared(part, group, members).items()
             }
         attention: list[Slot] = []
@@ -53,7 +58,7 @@ class Places:
             like = like_of(module, site)
             p = source.own(special, site, module, slot, like, ours.named(keys) if ours is not None else {})
             holder = slot.holder(adapter.name)
-            names = {name: holder.hold(name, cast_like(t, like, module), name not in special.frozen) for name, t in p.items()}
+            names = {name: holder.hold(name, cast_like(t, like, module), trained(special, name)) for name, t in p.items()}
             piece = Part(index, special, site, holder, names, ours, keys)
             slot.add(adapter.name, piece, module)
             adapter.parts.append(piece)

@@ -75,7 +75,7 @@ class Site:
         kernel: kernel size of a convolution; () otherwise. groups: its groups.
         batch_dim: axis of the batch in the layer's input.
         entry: for a branch, path of the module whose input is the branch's input.
-        heads, kv_heads, head_dim: of an attention module; 0 elsewhere.
+        heads, kv_heads, head_dim: of an attention module and of its projections; 0 elsewhere.
         causal: whether that attention is causal.
         post: for norms, True when it normalises the sum of a sub-layer's output and its residual (post-norm blocks);
             for branches, True when such a norm follows.

@@ -85,4 +85,10 @@ def cast_like(tensor: Tensor, like: Tensor, module: nn.Module) -> Tensor:
     hook = getattr(module, "_hf_hook", None)
     if device.type == "meta" and hook is not None:
         device = torch.device(getattr(hook, "execution_device", None) or "cpu")
-    return tensor.detach().to(device, like.dtype if tensor.is_floating_point() else tensor.dtype).clone()
+    return (
+        tensor.detach()
+        .to(device, like.dtype if tensor.is_floating_point() else tensor.dtype)
+        .clone(
+            memory_format=torch.contiguous_format  # as a file gives it back: the same sums, bit for bit
+        )
+    )

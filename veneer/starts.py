@@ -102,6 +102,9 @@ class Started(LowRankMethod):
             return self.scale * p["B"], p["A"]
         return self.scale * torch.cat([p["B"], -p["B0"]], 1), torch.cat([p["A"], p["A0"]])
 
+    def low_rank(self, W: Tensor, p: Params, site: Site) -> tuple[Tensor, Tensor] | None:
+        return None if "Q" in p else self.factors(p, site)
+
     def weight(self, W: Tensor, p: Params, site: Site | None = None) -> Tensor:
         return super().weight(p["Q"].to(W.dtype) if "Q" in p else W, p, site)
 

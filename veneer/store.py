@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,13 +45,13 @@ class CannotWrite(VeneerError):
 # -- writing --------------------------------------------------------------------------------------------------
 
 
-def save(tuned: Tuned, folder: str | Path, name: str, facts: Mapping[str, Any] | None = None) -> Path:
-    """Writes one adapter; an adapter that was in the folder survives if anything fails."""
+def save(tuned: Tuned, folder: str | Path, name: str, facts: Mapping[str, Any] | None = None, *, fixed: bool = False) -> Path:
+    """Writes one adapter, with `fixed` also the tensors its seed gives again; one that was in the folder survives if anything fails."""
     adapter = tuned.adapters[name]
     adapter.facts.update(facts or {})
     folder = Path(folder)
     about = describe(tuned, name)
-    tensors = {key: _gathered(t).detach().cpu().contiguous() for key, t in tensors_of(tuned, name).items()}
+    tensors = {key: _gathered(t).detach().cpu().contiguous() for key, t in tensors_of(tuned, name, fixed).items()}
     write_tensors(folder / WEIGHTS, tensors, {"veneer": json.dumps(about)})
     write_text(folder / FACTS, json.dumps(about, indent=2) + "\n")
     return folder
@@ -86,20 +86,29 @@ def describe(tuned: Tuned, name: str) -> dict[str, Any]:
             "parameters": tuned.base_size(),
         },
         "sites": sites,
+        "fixed": {key: checksum(t) for key, t in tensors_of(tuned, name, True).items() if key not in tensors_of(tuned, name)},
         "trained": tuned.summary(name).trained,
         "training": adapter.facts,
     }
 
 
-def tensors_of(tuned: Tuned, name: str) -> dict[str, Tensor]:
-    """An adapter's tensors by their names in the file: part/site/tensor, shared ones part/@group/tensor, each once."""
+def checksum(tensor: Tensor) -> str:
+    """Digest of a tensor's values as float32: the same whatever dtype and device it is held on."""
+    return hashlib.sha256(tensor.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def tensors_of(tuned: Tuned, name: str, fixed: bool = False) -> dict[str, Tensor]:
+    """An adapter's tensors by their names in the file: part/site/tensor, shared ones part/@group/tensor, each once.
+
+    Those that the method's seed gives again are among them only with `fixed`.
+    """
     out: dict[str, Tensor] = {}
     for part in tuned.adapters[name].parts:
         tensors = part.tensors()
-        for key in part.keys:
-            out[f"{part.index}/{part.site.name}/{key}"] = tensors[key]
-        for key in part.shared_keys:
-            out[f"{part.index}/@{part.method.tie(part.site)}/{key}"] = tensors[key]
+        left_out = () if fixed else part.method.fixed
+        out.update({f"{part.index}/{part.site.name}/{key}": tensors[key] for key in part.keys if key not in left_out})
+        group = f"{part.index}/@{part.method.tie(part.site)}"
+        out.update({f"{group}/{key}": tensors[key] for key in part.shared_keys if key not in left_out})
     return out
 
 
@@ -186,21 +195,46 @@ class FromFile(Source):
 
     def shared(self, part: Method, group: str, members: Sequence[Site]) -> Params:
         first = part.init_shared(members, Generator())
-        return self._whole(f"@{group}", {name: list(t.shape) for name, t in first.items()}, first)
+        found = self._found(f"@{group}", part.fixed, lambda: first)
+        return self._whole(f"@{group}", found, {name: list(t.shape) for name, t in first.items()}, first, members)
 
     def own(self, method: Method, site: Site, module: nn.Module, slot: Slot, like: Tensor, shared: Params) -> Params:
         name = self.names.get(site.name, site.name)
-        return self._whole(name, self.listed.get(name) or {}, self.listed.get(name) or ())
+        listed = self.listed.get(name) or {}
+        found = self._found(name, method.fixed, lambda: method.init(site, Generator()))
+        return self._whole(name, found, listed, listed)
 
-    def _whole(self, owner: str, shapes: Mapping[str, list[int]], names: Collection[str]) -> Params:
+    def _found(self, owner: str, fixed: Collection[str], draw: Callable[[], Params]) -> Params:
+        """The tensors of one owner: as the file has them, drawn again where it left fixed ones out."""
+        found = self.saved.of(self.index, owner)
+        sums: Mapping[str, str] = self.saved.about.get("fixed") or {}
+        for name in (n for n in fixed if n not in found and f"{self.index}/{owner}/{n}" in sums):
+            found[name] = draw()[name]
+            if checksum(found[name]) != sums[f"{self.index}/{owner}/{name}"]:
+                raise BadFile(
+                    f"{self.saved.folder / WEIGHTS}: {name!r} of {owner} is drawn from a seed, and this version of torch draws other "
+                    "numbers than the one it was trained with; save it there with save(…, fixed=True)."
+                )
+        return found
+
+    def _whole(
+        self, owner: str, found: Params, shapes: Mapping[str, Sequence[int]], names: Collection[str], members: Sequence[Site] = ()
+    ) -> Params:
         """The tensors of one owner, all of them and of the shapes the method gives them."""
-        found, where = self.saved.of(self.index, owner), f"{self.saved.folder / WEIGHTS}: not whole"
+        path = self.saved.folder / WEIGHTS
         for name in names:
             if name not in found:
-                raise BadFile(f"{where}: the tensor {name!r} of {owner} is missing; copy or download it again.")
+                raise BadFile(f"{path}: not whole: the tensor {name!r} of {owner} is missing; copy or download it again.")
         for name, tensor in found.items():
-            if shapes.get(name, list(tensor.shape)) != list(tensor.shape):
-                raise BadFile(f"{where}: {name!r} of {owner} is {list(tensor.shape)} where the method needs {shapes[name]}.")
+            there, here = list(tensor.shape), list(shapes.get(name, tensor.shape))
+            if there == here:
+                continue
+            if members:
+                raise Mismatch(
+                    f"{path}: {name!r}, shared by {len(members)} sites, is {there}, and this model needs {here}: "
+                    "it was made for a model of another depth or width."
+                )
+            raise BadFile(f"{path}: not whole: {name!r} of {owner} is {there} where the method needs {here}.")
         return {name: found[name] for name in [*names, *(n for n in found if n not in names)]}  # as they were: optimisers count on it
 
 

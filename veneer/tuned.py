@@ -151,6 +151,12 @@ class Tuned:
         for part in self._one(name).parts:
             yield part.site, part.method, part.tensors()
 
+    def notes(self, name: str, key: str) -> Iterator[tuple[Site, Method, Tensor]]:
+        """Site, method and tensor of every part that left one under this key in the last forward pass (`Call.note`)."""
+        for part in self._one(name).parts:
+            if key in part.notes:
+                yield part.site, part.method, part.notes[key]
+
     def named_parameters(self, name: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
         """Trained tensors of one adapter as ("site/tensor", parameter); shared ones once."""
         seen: set[int] = set()
@@ -295,11 +301,15 @@ class Tuned:
 
     # -- files ----------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path, name: str | None = None, **facts: Any) -> Path:
-        """Writes one adapter to `folder` (adapter.safetensors + veneer.json), whole or not at all."""
+    def save(self, folder: str | Path, name: str | None = None, *, fixed: bool = False, **facts: Any) -> Path:
+        """Writes one adapter to `folder` (adapter.safetensors + veneer.json), whole or not at all.
+
+        Args:
+            fixed: also store the random tensors that a method draws again from its seed; a checksum is always kept.
+        """
         from veneer.store import save
 
-        return save(self, folder, self._one(name).name, facts)
+        return save(self, folder, self._one(name).name, facts, fixed=fixed)
 
     def push_to_hub(self, repo: str, name: str | None = None, **options: Any) -> str:
         """Uploads one adapter with a model card through huggingface_hub; returns its address."""

@@ -28,7 +28,8 @@ def sites(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[Site
     """
     given = Given(roles or {})
     body = study(model, given)
-    weights = [site for layer in body.layers for site in _layer_sites(layer, given, body)]
+    heads = {id(x): (part.heads, part.kv_heads, part.head_dim) for block in body.blocks for part in block.parts for x in part.layers}
+    weights = [site for layer in body.layers for site in _layer_sites(layer, given, body, heads.get(id(layer), (0, 0, 0)))]
     given.refuse_unused(weights)
     taken = {s.name for s in weights}
     listed: dict[str, list[Site]] = {node.path: [] for node in body.nodes}
@@ -42,8 +43,8 @@ def sites(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[Site
     return [site for here in listed.values() for site in here]
 
 
-def _layer_sites(layer: Layer, given: Given, body: Anatomy) -> Iterator[Site]:
-    """A site for the weight, or one for every row range of a fused weight."""
+def _layer_sites(layer: Layer, given: Given, body: Anatomy, heads: tuple[int, int, int]) -> Iterator[Site]:
+    """A site for the weight, or one for every row range of a fused weight; `heads` are those of the attention it belongs to."""
     start = 0
     for role, size in zip(layer.roles, layer.sizes):
         rows = (start, start + size) if len(layer.roles) > 1 else None
@@ -51,7 +52,7 @@ def _layer_sites(layer: Layer, given: Given, body: Anatomy) -> Iterator[Site]:
         wanted = given.wanted(name, most=1)
         role = wanted[0] if wanted else layer.instead or role
         facts = {"rows": rows, "parameter": layer.parameter, "trainable_head": _trains(role, layer.node, body), **layer.extra}
-        shape = {"out_features": size, "in_features": layer.inside}
+        shape = {"out_features": size, "in_features": layer.inside, **dict(zip(("heads", "kv_heads", "head_dim"), heads))}
         yield _site(layer.node, layer.node.block, name=name, role=role, kind=layer.kind, **shape, **facts)
         start += size
 

@@ -1,7 +1,8 @@
 """y = x Wᵀ + b + (x Rᵀ) Lᵀ in one autograd function, never forming L R.
 
 Bound, for N rows: 2·N·r·(in + out) extra operations forward and twice that backward; saved for backward are x (shared
-by every layer that reads it), t = x Rᵀ [N, r] and the parameters. The plain reference is `reference`.
+by every layer that reads it; only if R is trained), t = x Rᵀ [N, r] (only if L is) and the parameters. The plain
+reference is `reference`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ class _LowRankLinear(torch.autograd.Function):
         y = rows @ W.t() if b is None else torch.addmm(b, rows, W.t())
         t = rows @ R.t()
         y.addmm_(t, L.t())
-        ctx.save_for_backward(x, W, L, R, t)
+        _, _, _, needs_L, needs_R = ctx.needs_input_grad
+        ctx.shape = x.shape
+        ctx.save_for_backward(x if needs_R else None, W, L, R, t if needs_L else None)
         return y.view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
@@ -34,7 +37,7 @@ class _LowRankLinear(torch.autograd.Function):
         u = g @ L  # [N, r]
         gx = gL = gR = None
         if ctx.needs_input_grad[0]:
-            gx = (g @ W).addmm_(u, R).view_as(x)
+            gx = (g @ W).addmm_(u, R).view(ctx.shape)
         if ctx.needs_input_grad[3]:
             gL = g.t() @ t
         if ctx.needs_input_grad[4]:
@@ -46,7 +49,9 @@ class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, L, R):
         t = x.reshape(-1, x.shape[-1]) @ R.t()
-        ctx.save_for_backward(x, L, R, t)
+        _, _, needs_L, needs_R = ctx.needs_input_grad
+        ctx.shape = x.shape
+        ctx.save_for_backward(x if needs_R else None, L, R, t if needs_L else None)
         return torch.addmm(y.reshape(-1, y.shape[-1]), t, L.t()).view_as(y)
 
     @staticmethod
@@ -55,7 +60,7 @@ class _AddLowRank(torch.autograd.Function):
         x, L, R, t = ctx.saved_tensors
         g = grad.reshape(-1, grad.shape[-1])
         u = g @ L
-        gx = (u @ R).view_as(x) if ctx.needs_input_grad[1] else None
+        gx = (u @ R).view(ctx.shape) if ctx.needs_input_grad[1] else None
         gL = g.t() @ t if ctx.needs_input_grad[2] else None
         gR = u.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[3] else None
         return (grad if ctx.needs_input_grad[0] else None), gx, gL, gR

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from veneer.calls import Frozen
 from veneer.errors import BadValue, Unsupported
 from veneer.forms import Form
-from veneer.method import LowRankMethod
 from veneer.part import Part, add_fold
 from veneer.site import Site
 from veneer.slot import Slot
@@ -316,19 +315,17 @@ def write_as_lora(taken: Taken, parts: Mapping[int, list[Part]], rank: int | Non
 
 def as_product(taken: Taken, parts: Sequence[Part], rank: int | None) -> tuple[Tensor, Tensor, float]:
     """A [r, in], B [out, r] of the module's whole change, and the relative error; 0 where it is of low rank."""
-    if all(isinstance(p.method, LowRankMethod) and not quantised(p) and "b" not in p.tensors() for p in parts):
-        made = []
-        for p in parts:
-            L, R = p.method.factors(p.tensors(), p.site)  # type: ignore[attr-defined]
-            made.append((R, L, 1.0))
-        A, B, _ = joined(taken, parts, made)
+    call = taken.frozen(parts)
+    W = call.weight()
+    exact = [p.method.low_rank(W if p.site.rows is None else W[slice(*p.site.rows)], p.tensors(), p.site) for p in parts]
+    if all(factors is not None for factors in exact):
+        A, B, _ = joined(taken, parts, [(f[1], f[0], 1.0) for f in exact if f is not None])
         return A, B, 0.0
     label, path = parts[0].method.label, parts[0].site.module
     if rank is None:
         raise BadValue(f"{label} at {path} is not of low rank; give rank=… for its nearest LoRA (its error is reported).")
-    call = taken.frozen(parts)
-    W, b = taken.folded(parts)
-    change = (W - call.weight()).flatten(1)
+    new, b = taken.folded(parts)
+    change = (new - W).flatten(1)
     if b is not None and (call.bias() is None or not torch.equal(b, call.bias().to(b.dtype))):  # type: ignore[union-attr]
         if taken.layer(parts)[0]._parameters.get("bias") is None:
             raise Unsupported(f"{label} gives {path} a bias, which it has not in the base; export the adapter merged.")

@@ -81,6 +81,9 @@ class LoRA(Started):
         A, B = p["A"], self.scale * p["B"]  # (B A) reshaped is the kernel's k rows of products side by side
         return B.reshape(-1, k * A.shape[0]), torch.kron(torch.eye(k).to(A), A)
 
+    def low_rank(self, W: Tensor, p: Params, site: Site) -> tuple[Tensor, Tensor] | None:
+        return None if "b" in p else super().low_rank(W, p, site)
+
     def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
         y = super().forward(call, x, p, site)
         return y + (self.scale * p["b"]).to(y.dtype).reshape(-1, *(1,) * len(site.kernel)) if "b" in p else y

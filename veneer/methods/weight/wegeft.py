@@ -70,15 +70,14 @@ class WeGeFT(WeightMethod):
         pair = kaiming_uniform((self.r, width), generator), zeros((self.r, width))
         return dict(zip(("psi", "phi") if self.start == "psi_random" else ("phi", "psi"), pair))
 
-    def factors(self, W: Tensor, p: Params) -> tuple[Tensor, Tensor]:
-        """L [out, r], R [r, in] with L R the change generated from W."""
+    def low_rank(self, W: Tensor, p: Params, site: Site | None = None) -> tuple[Tensor, Tensor]:
         phi, psi, W = self.scale * p["phi"], p["psi"], W.flatten(1).to(p["phi"].dtype)
         return (W @ phi.T, psi) if self.transform == "input" else (phi.T, psi @ W)
 
     def weight(self, W: Tensor, p: Params, site: Site | None = None) -> Tensor:
         if self.positions is not None:
             raise Unsupported(f"WeGeFT: {self.limits['merge']}.")
-        return W + torch.matmul(*self.factors(W, p)).reshape(W.shape)
+        return W + torch.matmul(*self.low_rank(W, p)).reshape(W.shape)
 
     def edit(self, h: Tensor, p: Params, site: Site) -> Tensor:
         """s (h psiᵀ) phi, at the chosen tokens."""
@@ -97,4 +96,4 @@ class WeGeFT(WeightMethod):
             return y + self.edit(y if b is None else y - b.to(y.dtype), p, site)
         if plain and (self.positions is not None or site.rows is None):  # no weight is read, nothing of its size is made
             return call(x + self.edit(x, p, site))
-        return call.add_low_rank(x, *self.factors(dropout(call.weight(), self.dropout, call.training), p))
+        return call.add_low_rank(x, *self.low_rank(dropout(call.weight(), self.dropout, call.training), p))
