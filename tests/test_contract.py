@@ -245,3 +245,57 @@ def test_notes_are_of_the_last_training_pass_and_copies_leave_them_behind() -> N
     assert not list(veneer.of(copy.deepcopy(model)).notes("default", "mean"))
     SUBJECTS["vit"].answers(model.eval(), 2)
     assert all(a is b for a, (_, _, b) in zip(second, tuned.notes("default", "mean")))
+
+
+# -- rows of one batch ------------------------------------------------------------------------------------------
+
+
+def four_rows(family: str, specs: dict[str, str], rows: list[str | None]) -> tuple[Any, Tensor, Tensor]:
+    """Several adapters on one model: its answers to one mixed batch, and row by row."""
+    model = SUBJECTS[family].build()
+    for i, (name, spec) in enumerate(specs.items()):
+        tuned = veneer.attach(model, spec, name, seed=i, head=False)
+        stirred(tuned)
+    alone = []
+    for row, name in enumerate(rows):
+        if name is None:
+            with tuned.disabled():
+                alone.append(SUBJECTS[family].answers(model)[row])
+        else:
+            alone.append(SUBJECTS[family].answers(tuned.activate(name).model)[row])
+    return tuned, SUBJECTS[family].answers(tuned.activate(per_row=rows).model), torch.stack(alone)
+
+
+@pytest.mark.parametrize(
+    "specs",
+    [
+        {"a": "lora(r=2)", "b": "lora(r=3)"},
+        {"a": "lora(r=2) + adalora(init_r=3, target_r=1, targets='attn.q')", "b": "wegeft(r=2)"},
+        {"a": "lora(r=2, lora_bias=True)", "b": "contract-shared"},
+    ],
+    ids=["two ranks", "a stack and another kind", "a bias and shared factors"],
+)
+def test_rows_of_different_adapters_answer_as_alone(specs: dict[str, str]) -> None:
+    _, together, alone = four_rows("vit", specs, ["b", "a", None, "a"])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-10)
+
+
+def test_the_frozen_product_runs_once_for_all_rows() -> None:
+    tuned, _, _ = four_rows("vit", {"a": "lora(r=2)", "b": "lora(r=3)"}, ["b", "a", None, "a"])
+    calls: list[int] = []
+    layer = tuned.model.get_submodule(tuned.sites("a")[0].module)
+    frozen = layer.veneer.base_forward
+    layer.veneer.base_forward = lambda module, x, *rest: calls.append(len(x)) or frozen(module, x, *rest)
+    SUBJECTS["vit"].answers(tuned.model)
+    assert calls == [4]
+
+
+def test_a_mixed_batch_compiles_whole() -> None:
+    torch._dynamo.reset()
+    tuned, _, _ = four_rows("llama", {"a": "lora(r=2)", "b": "wegeft(r=2)"}, ["b", "a", None, "a"])
+    batch, parameters = SUBJECTS["llama"].batch(), tuned.parameters()
+    plain = loss(tuned.model, batch)
+    compiled = loss(torch.compile(tuned.model, fullgraph=True, backend="aot_eager"), batch)  # type: ignore[arg-type]
+    torch.testing.assert_close(compiled, plain)
+    for mine, theirs in zip(torch.autograd.grad(compiled, parameters), torch.autograd.grad(plain, parameters)):
+        torch.testing.assert_close(mine, theirs)

@@ -193,6 +193,10 @@ class Method:
         """L [out, r] and R [r, in] with L R exactly the change of the weight W; None where it is not of low rank."""
         return None
 
+    def adds(self, site: Site) -> bool:
+        """Whether its output is call(x) + delta(x, p, site), whatever the layer below is: rows of one batch then share call(x)."""
+        return False
+
     # -- what every method can do ---------------------------------------------------------------------------
 
     @property
@@ -264,6 +268,10 @@ class AdditiveMethod(WeightMethod):
         """x ΔWᵀ for a linear layer, [..., in] → [..., out]. Cast what multiplies x to x's dtype."""
         raise NotImplementedError
 
+    def adds(self, site: Site) -> bool:
+        plain = type(self).forward in (AdditiveMethod.forward, LowRankMethod.forward)
+        return plain and site.kind == "linear" and not self.dropout and type(self).delta is not AdditiveMethod.delta
+
     def weight(self, W: Tensor, p: Params, site: Site | None = None) -> Tensor:
         return W + self.change(p, site or Site.bare(W)).reshape(W.shape)
 
@@ -287,6 +295,10 @@ class LowRankMethod(AdditiveMethod):
     def change(self, p: Params, site: Site) -> Tensor:
         L, R = self.factors(p, site)
         return L.flatten(1) @ R.flatten(1)
+
+    def delta(self, x: Tensor, p: Params, site: Site) -> Tensor:
+        L, R = self.factors(p, site)
+        return torch.nn.functional.linear(torch.nn.functional.linear(x, R.to(x.dtype)), L.to(x.dtype))
 
     def low_rank(self, W: Tensor, p: Params, site: Site) -> tuple[Tensor, Tensor] | None:
         return self.factors(p, site)

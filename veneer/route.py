@@ -25,6 +25,7 @@ class Route:
         self.rows: tuple[str | None, ...] | None = None
         self.captured: dict[str, Tensor] = {}
         self.ragged: dict[str, Any] = {}
+        self._groups: dict[Any, list[tuple[Active, Tensor]]] = {}
 
     @property
     def on(self) -> bool:
@@ -48,16 +49,21 @@ class Route:
         """
         rows = self.rows
         assert rows is not None
+        if not torch.compiler.is_compiling() and (rows, size, device) in self._groups:  # the same for every layer of a pass
+            return self._groups[rows, size, device]
         if size % len(rows):
             raise BadValue(f"per_row names {len(rows)} rows, but a layer received a batch of {size}; give one name (or None) per row.")
         times = size // len(rows)
         found: dict[str | None, list[int]] = {}
         for i, name in enumerate(rows):
             found.setdefault(name, []).extend(range(i * times, (i + 1) * times))
-        return [
+        made = [
             (() if name is None else ((name, 1.0),), torch.tensor(index, device=device))
             for name, index in found.items()
         ]  # fmt: skip
+        if not torch.compiler.is_compiling():
+            self._groups = {(rows, size, device): made}
+        return made
 
 
 def by_rows(route: Route, x: Tensor, axis: int, run: Callable[[Tensor, Active], Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from veneer.errors import Unsupported
 from veneer.forms import Form, ParameterForm, form_of
 from veneer.part import LAYERS, Part, Tensors, add_fold
 from veneer.route import Active, Route, by_rows, join_rows, take_rows
+from veneer.shared_rows import added, share
 
 SHARED_INPUTS = ("embed.position", "embed.other")
 """Roles of tables that may be read once for all rows of a batch."""
@@ -133,6 +134,12 @@ class Slot(nn.Module):
             return self.adapted(call, x, self.route.active)
         if x.shape[0] == 1 and any(p.site.role in SHARED_INPUTS for parts in self.parts.values() for p in parts):
             x = x.expand(len(self.route.rows), *x.shape[1:])
+        groups = [
+            ([p for parts, _ in self.chosen(active, LAYERS) for p in parts], index)
+            for active, index in self.route.groups(x.shape[self.batch_dim], x.device)
+        ]
+        if len(groups) > 1 and x.is_floating_point() and share([parts for parts, _ in groups]):
+            return added(call, x, groups, self.batch_dim)
         return by_rows(self.route, x, self.batch_dim, lambda group, active: self.adapted(call, group, active))
 
     def adapted(self, call: Frozen, x: Tensor, active: Active) -> Tensor:

@@ -84,6 +84,9 @@ class LoRA(Started):
     def low_rank(self, W: Tensor, p: Params, site: Site) -> tuple[Tensor, Tensor] | None:
         return None if "b" in p else super().low_rank(W, p, site)
 
+    def adds(self, site: Site) -> bool:
+        return site.kind == "linear" and not (self.lora_bias or self.dropout or self.start == "loftq")
+
     def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
         y = super().forward(call, x, p, site)
         return y + (self.scale * p["b"]).to(y.dtype).reshape(-1, *(1,) * len(site.kernel)) if "b" in p else y
