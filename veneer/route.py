@@ -57,7 +57,7 @@ class Route:
         found: dict[str | None, list[int]] = {}
         for i, name in enumerate(rows):
             found.setdefault(name, []).extend(range(i * times, (i + 1) * times))
-        made = [
+        made: list[tuple[Active, Tensor]] = [
             (() if name is None else ((name, 1.0),), torch.tensor(index, device=device))
             for name, index in found.items()
         ]  # fmt: skip
