@@ -17,13 +17,17 @@ def reference(x: Tensor, W: Tensor, b: Tensor | None, L: Tensor, R: Tensor) -> T
     return torch.nn.functional.linear(x, W + L @ R, b)
 
 
+# The thin products run as [r, ·] @ [·, N]: with few rows on the left they take a quarter to two thirds of the time of the
+# other orders (r = 8, N = in = out = 512, one thread: 73 against 121 µs for x Rᵀ, 79 against 352 µs for gᵀ t).
+
+
 class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W, b, L, R):
         rows = x.reshape(-1, x.shape[-1])
         y = rows @ W.t() if b is None else torch.addmm(b, rows, W.t())
-        t = rows @ R.t()
-        y.addmm_(t, L.t())
+        t = R @ rows.t()  # [r, N]
+        y.addmm_(t.t(), L.t())
         _, _, _, needs_L, needs_R = ctx.needs_input_grad
         ctx.shape = x.shape
         ctx.save_for_backward(x if needs_R else None, W, L, R, t if needs_L else None)
@@ -33,37 +37,37 @@ class _LowRankLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, W, L, R, t = ctx.saved_tensors
+        needs_x, _, _, needs_L, needs_R = ctx.needs_input_grad
         g = grad.reshape(-1, grad.shape[-1])
-        u = g @ L  # [N, r]
-        gx = gL = gR = None
-        if ctx.needs_input_grad[0]:
-            gx = (g @ W).addmm_(u, R).view(ctx.shape)
-        if ctx.needs_input_grad[3]:
-            gL = g.t() @ t
-        if ctx.needs_input_grad[4]:
-            gR = u.t() @ x.reshape(-1, x.shape[-1])
-        return gx, None, None, gL, gR
+        u = L.t() @ g.t() if needs_x or needs_R else None  # [r, N]
+        gx = (g @ W).addmm_(u.t(), R).view(ctx.shape) if needs_x else None
+        return gx, None, None, *_factors(g, x, t, u, needs_L, needs_R)
 
 
 class _AddLowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y, x, L, R):
-        t = x.reshape(-1, x.shape[-1]) @ R.t()
+        t = R @ x.reshape(-1, x.shape[-1]).t()
         _, _, needs_L, needs_R = ctx.needs_input_grad
         ctx.shape = x.shape
         ctx.save_for_backward(x if needs_R else None, L, R, t if needs_L else None)
-        return torch.addmm(y.reshape(-1, y.shape[-1]), t, L.t()).view_as(y)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), t.t(), L.t()).view_as(y)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         x, L, R, t = ctx.saved_tensors
+        needs_y, needs_x, needs_L, needs_R = ctx.needs_input_grad
         g = grad.reshape(-1, grad.shape[-1])
-        u = g @ L
-        gx = (u @ R).view(ctx.shape) if ctx.needs_input_grad[1] else None
-        gL = g.t() @ t if ctx.needs_input_grad[2] else None
-        gR = u.t() @ x.reshape(-1, x.shape[-1]) if ctx.needs_input_grad[3] else None
-        return (grad if ctx.needs_input_grad[0] else None), gx, gL, gR
+        u = L.t() @ g.t() if needs_x or needs_R else None
+        gx = (u.t() @ R).view(ctx.shape) if needs_x else None
+        return (grad if needs_y else None), gx, *_factors(g, x, t, u, needs_L, needs_R)
+
+
+def _factors(g, x, t, u, needs_L, needs_R):
+    """Gradients of L and R from the output's gradient g [N, out], x, t = R xᵀ and u = Lᵀ gᵀ."""
+    gL = (t @ g).t() if needs_L else None
+    return gL, u @ x.reshape(-1, x.shape[-1]) if needs_R else None
 
 
 def low_rank_linear(x: Tensor, W: Tensor, b: Tensor | None, L: Tensor, R: Tensor) -> Tensor:
