@@ -214,6 +214,13 @@ def test_a_low_rank_layer_keeps_what_its_gradients_need(train_L: bool, train_R: 
         torch.testing.assert_close(mine, theirs)
 
 
+def test_an_edited_input_has_the_plain_gradients() -> None:
+    x = torch.randn(2, 3, 7).double().requires_grad_()
+    L, R = torch.randn(7, 2).double().requires_grad_(), torch.randn(2, 7).double().requires_grad_()
+    assert torch.autograd.gradcheck(low_rank.edit_low_rank, (x, L, R))
+    torch.testing.assert_close(low_rank.edit_low_rank(x, L, R), x @ (torch.eye(7) + L @ R).T)
+
+
 # -- notes ------------------------------------------------------------------------------------------------------
 
 

@@ -64,6 +64,25 @@ class _AddLowRank(torch.autograd.Function):
         return (grad if needs_y else None), gx, *_factors(g, x, t, u, needs_L, needs_R)
 
 
+class _EditLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, L, R):
+        rows = x.reshape(-1, x.shape[-1])
+        t = R @ rows.t()
+        ctx.save_for_backward(x, L, R, t if ctx.needs_input_grad[1] else None)
+        return torch.addmm(rows, t.t(), L.t()).view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, L, R, t = ctx.saved_tensors
+        needs_x, needs_L, needs_R = ctx.needs_input_grad
+        g = grad.reshape(-1, grad.shape[-1])
+        u = L.t() @ g.t()
+        gx = torch.addmm(g, u.t(), R).view_as(grad) if needs_x else None
+        return gx, *_factors(g, x, t, u, needs_L, needs_R)
+
+
 def _factors(g, x, t, u, needs_L, needs_R):
     """Gradients of L and R from the output's gradient g [N, out], x, t = R xᵀ and u = Lᵀ gᵀ."""
     gL = (t @ g).t() if needs_L else None
@@ -78,3 +97,8 @@ def low_rank_linear(x: Tensor, W: Tensor, b: Tensor | None, L: Tensor, R: Tensor
 def add_low_rank(y: Tensor, x: Tensor, L: Tensor, R: Tensor) -> Tensor:
     """y + (x Rᵀ) Lᵀ for y [..., out], x [..., in]. L and R are cast to x's dtype."""
     return _AddLowRank.apply(y, x, L.to(x.dtype), R.to(x.dtype))
+
+
+def edit_low_rank(x: Tensor, L: Tensor, R: Tensor) -> Tensor:
+    """x + (x Rᵀ) Lᵀ for x [..., d], L [d, r], R [r, d]. L and R are cast to x's dtype."""
+    return _EditLowRank.apply(x, L.to(x.dtype), R.to(x.dtype))

@@ -11,7 +11,7 @@ from torch.nn.functional import dropout, linear
 
 from veneer.errors import BadValue, Unsupported
 from veneer.init import kaiming_uniform, zeros
-from veneer.kernels.low_rank import add_low_rank
+from veneer.kernels.low_rank import edit_low_rank
 from veneer.method import Call, Params, WeightMethod
 from veneer.option import option
 from veneer.site import Site
@@ -96,7 +96,7 @@ class WeGeFT(WeightMethod):
             y, b = call(x), call.bias()
             return y + self.edit(y if b is None else y - b.to(y.dtype), p, site)
         if plain and self.positions is None and site.rows is None:  # no weight is read, nothing of its size is made
-            return call(add_low_rank(x, x, self.scale * p["phi"].T, p["psi"]))
+            return call(edit_low_rank(x, self.scale * p["phi"].T, p["psi"]))
         if plain and self.positions is not None:
             return call(x + self.edit(x, p, site))
         return call.add_low_rank(x, *self.low_rank(dropout(call.weight(), self.dropout, call.training), p))
