@@ -11,6 +11,7 @@ from tiny import loss, output
 from torch import nn
 
 import veneer
+from veneer import anatomy
 from veneer.errors import Unsupported
 from veneer.tuned import Tuned
 
@@ -194,3 +195,24 @@ def test_rows_and_switching(base: tuple[str, nn.Module]) -> None:
     near = 0.1 if name == "int8" else 1e-4
     for found, wanted in zip(both, (one, two, none)):
         assert float((found - wanted).abs().max()) <= near * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize("spec", ["quantum-adapter(targets='attn.q mlp.up')", "ssf(targets='attn.q')", "boft(k=4, targets='attn.q mlp.up')"])
+def test_a_packed_layer_with_a_bias_answers_as_its_dense_weight_would(spec: str) -> None:
+    """Changes that leave the bias alone take it off a packed layer's output and put it back."""
+    bnb = pytest.importorskip("bitsandbytes")
+    model = tiny.SUBJECTS["vit"].build(torch.float32, width=64)
+    for site in [s for s in anatomy.sites(model) if s.role in ("attn.q", "mlp.up")]:
+        layer = model.get_submodule(site.module)
+        packed = bnb.nn.Linear4bit(layer.in_features, layer.out_features, True, compute_dtype=torch.float32, quant_type="nf4")
+        packed.weight = bnb.nn.Params4bit(layer.weight.data.clone(), requires_grad=False, quant_type="nf4")
+        packed.bias = nn.Parameter(layer.bias.data.clone())
+        parent, _, key = site.module.rpartition(".")
+        setattr(model.get_submodule(parent), key, packed.to("cpu"))
+    tuned = stirred(model.train(), spec)
+    for part in tuned.adapters["default"].parts:
+        module = model.get_submodule(part.site.module)
+        x = torch.randn(3, 64)
+        W, b = part.fold(module.veneer.forms["weight"].weight(module), module.bias.detach())
+        assert float(module.bias.abs().max()) > 0.01
+        torch.testing.assert_close(module(x), nn.functional.linear(x, W, b), rtol=1e-4, atol=1e-4)

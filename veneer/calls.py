@@ -46,8 +46,9 @@ class Frozen(Call):
         own = self.bias()
         if weight is KEEP and self.form.writable:  # packed weight: leave it packed
             y = self(x)
-            shift = 0 if bias is KEEP or bias is None else bias - (0 if own is None else own)
-            return y if bias is KEEP else y + shift
+            if bias is not KEEP and own is not None:
+                y = y - own.to(y.dtype)
+            return y if bias is KEEP or bias is None else y + bias.to(y.dtype)
         W = self.form.weight(self.module) if weight is KEEP else weight
         return self.form.apply(self.module, x, W, own if bias is KEEP else bias)
 

@@ -79,8 +79,11 @@ class Merging:
 
     @staticmethod
     def _replace(path: str, module: nn.Module, name: str, value: Tensor, done: dict) -> None:
-        done[path, name] = module._parameters[name]
-        module._parameters[name] = nn.Parameter(value.detach().clone(), requires_grad=False)
+        before = done[path, name] = module._parameters[name]
+        value = value.detach()
+        if before is not None and value.untyped_storage().data_ptr() == before.untyped_storage().data_ptr():
+            value = value.clone()  # a fold that left it as it was: the original must stay apart
+        module._parameters[name] = nn.Parameter(value, requires_grad=False)
 
     def _put_back(self, originals: Mapping[tuple[str, str], nn.Parameter | None]) -> None:
         for (path, name), parameter in originals.items():

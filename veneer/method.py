@@ -296,6 +296,10 @@ class LowRankMethod(AdditiveMethod):
         L, R = self.factors(p, site)
         return L.flatten(1) @ R.flatten(1)
 
+    def weight(self, W: Tensor, p: Params, site: Site | None = None) -> Tensor:
+        L, R = self.factors(p, site or Site.bare(W))
+        return torch.addmm(W.flatten(1), L.flatten(1), R.flatten(1)).reshape(W.shape)  # one pass over the weight
+
     def delta(self, x: Tensor, p: Params, site: Site) -> Tensor:
         L, R = self.factors(p, site)
         return torch.nn.functional.linear(torch.nn.functional.linear(x, R.to(x.dtype)), L.to(x.dtype))
