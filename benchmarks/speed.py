@@ -160,6 +160,9 @@ class Saved:
         self.seen: dict[int, int] = {}
 
     def pack(self, t: Tensor) -> Tensor:
+        if t.layout != torch.strided:
+            self.seen[id(t)] = 16 * t._nnz()
+            return t
         storage = t.untyped_storage()
         if storage.data_ptr() not in self.own:
             self.seen[storage.data_ptr()] = storage.nbytes()

@@ -309,7 +309,7 @@ def test_predict(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("form", ["merged", "veneer", "peft"])
 def test_export_is_measured(place: Path, form: str, capsys: pytest.CaptureFixture[str]) -> None:
     if form == "peft":
-        pytest.importorskip("veneer.tools.peft_format")
+        pytest.importorskip("veneer.tools.peft")
     found = document(capsys, "export", str(place / "run"), "--to", form, "--out", str(place / form))
     assert found["difference"] <= found["tolerance"] and found["samples"] > 0
     assert any((place / form).iterdir())

@@ -19,7 +19,7 @@ import veneer
 from veneer import registry
 from veneer.errors import BadFile, Mismatch
 from veneer.init import normal, zeros
-from veneer.kernels import low_rank, rebuilt
+from veneer.kernels import low_rank, rebuilt, recomputed, scaled
 from veneer.method import AdditiveMethod, Call, InputMethod, LowRankMethod, Method, OutputMethod, Params, WeightMethod
 from veneer.option import option
 from veneer.site import Site
@@ -305,4 +305,39 @@ def test_a_mixed_batch_compiles_whole() -> None:
     compiled = loss(torch.compile(tuned.model, fullgraph=True, backend="aot_eager"), batch)  # type: ignore[arg-type]
     torch.testing.assert_close(compiled, plain)
     for mine, theirs in zip(torch.autograd.grad(compiled, parameters), torch.autograd.grad(plain, parameters)):
+        torch.testing.assert_close(mine, theirs)
+
+
+# -- files from strangers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("broken", ["outside", "twice", "negative", "a float"])
+def test_positions_outside_the_weight_are_not_read(broken: str, tmp_path: Path) -> None:
+    veneer.attach(SUBJECTS["vit"].build(), "shira(r=1, mask='magnitude')", head=False).save(tmp_path)
+    tensors = load_file(tmp_path / "adapter.safetensors")
+    key = next(k for k in tensors if k.endswith("indices"))
+    at = tensors[key].clone()
+    at[0, -1] = {"outside": 10**6, "twice": at[0, -2], "negative": -5}.get(broken, at[0, -1])
+    at[1, -1] = at[1, -2] if broken == "twice" else at[1, -1]
+    tensors[key] = at.float() if broken == "a float" else at
+    save_file(tensors, tmp_path / "adapter.safetensors", metadata={"veneer": (tmp_path / "veneer.json").read_text()})
+    with pytest.raises(BadFile, match="positions must lie in"):
+        veneer.load(SUBJECTS["vit"].build(), tmp_path)
+
+
+def test_scaled_random_matrices_have_the_plain_gradients() -> None:
+    x, A, B = torch.randn(2, 3, 7).double().requires_grad_(), torch.randn(4, 7).double(), torch.randn(5, 4).double()
+    d, b = torch.randn(4).double().requires_grad_(), torch.randn(5).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, d, b: scaled.scaled_random(x, A, d, B, b), (x, d, b))
+    torch.testing.assert_close(scaled.scaled_random(x, A, d, B, b), scaled.reference(x, A, d, B, b))
+
+
+def test_a_recomputed_run_keeps_its_input_and_tensors_alone() -> None:
+    x, a = torch.randn(3, 5).double().requires_grad_(), torch.randn(5).double().requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = recomputed.recomputed(x, lambda x, p: torch.tanh(torch.tanh(x * p["a"])), {"a": a})
+    assert len(kept) == 2
+    plain, towards = torch.tanh(torch.tanh(x * a)), torch.randn(3, 5).double()
+    for mine, theirs in zip(torch.autograd.grad(y, (x, a), towards), torch.autograd.grad(plain, (x, a), towards)):
         torch.testing.assert_close(mine, theirs)

@@ -5,148 +5,37 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-    T5Config,
-    T5ForConditionalGeneration,
+from peft_models import (
+    TASKS,
+    answers,
+    by_peft,
+    changed,
+    close,
+    in_peft,
+    inputs,
+    made,
+    ours_on,
+    peft,
+    same_files,
+    shaken,
+    text_of,
 )
+from safetensors.torch import load_file, save_file
+from transformers import BertModel
 
 import veneer
 from veneer.errors import BadFile, BadValue, Mismatch, Unsupported
-from veneer.tools.peft_format import load_peft, save_peft
-from veneer.tools.peft_read import CHANGES_THE_MATHS
-
-peft = pytest.importorskip("peft")
-
-TOLERANCE = 1e-6
-LENGTH = 7
-
-
-def bert(cls=BertForSequenceClassification):
-    config = BertConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24, max_position_embeddings=32,
-        num_labels=3, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    return cls(config)
-
-
-def roberta():
-    config = RobertaConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24, max_position_embeddings=32,
-        num_labels=3, pad_token_id=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    return RobertaForSequenceClassification(config)
-
-
-def llama():
-    config = LlamaConfig(
-        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24,
-        max_position_embeddings=64, pad_token_id=0,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
-def gpt2():
-    config = GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
-    return GPT2LMHeadModel(config)
-
-
-def t5():
-    config = T5Config(
-        vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0
-    )
-    return T5ForConditionalGeneration(config)
-
-
-class Net(nn.Module):
-    """A convolution, a table and a linear layer, without transformers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.table = nn.Embedding(40, 6)
-        self.conv = nn.Conv1d(6, 8, 3, padding=1, stride=2)
-        self.last = nn.Linear(8, 3)
-
-    def forward(self, input_ids, attention_mask=None, **_):
-        return {"logits": self.last(self.conv(self.table(input_ids).movedim(1, 2)).movedim(2, 1))}
-
-
-MODELS = {"bert": bert, "roberta": roberta, "llama": llama, "gpt2": gpt2, "t5": t5, "net": Net}
-TASKS = {"bert": "SEQ_CLS", "roberta": "SEQ_CLS", "llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM", "net": None}
+from veneer.tools.peft import load_peft, save_peft
+from veneer.tools.peft.given import CHANGES_THE_MATHS
 
 
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
     warnings.simplefilter("ignore")
-
-
-def made(family):
-    model = MODELS[family]().eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(p + 0.1 * torch.randn_like(p))  # nothing at its start value: gains, biases and zeros all count
-    return model
-
-
-def inputs(family):
-    batch = {"input_ids": torch.randint(3, 40, (3, LENGTH)), "attention_mask": torch.ones(3, LENGTH, dtype=torch.long)}
-    batch["attention_mask"][1, 5:] = 0
-    if family == "t5":
-        batch["decoder_input_ids"] = torch.randint(3, 40, (3, 5))
-    return batch
-
-
-@torch.no_grad()
-def answers(model, batch):
-    out = model(**batch)
-    return out["logits"] if isinstance(out, dict) else out[0]
-
-
-def shaken(model):
-    """Random non-zero values in everything that PEFT trains."""
-    for name, p in model.named_parameters():
-        if p.requires_grad or any(w in name for w in ("lora_", "ia3_", "prompt_encoder")):
-            if name.endswith("ranknum.default"):
-                continue
-            p.data = p.data + 0.1 * torch.randn_like(p)
-    return model
-
-
-def by_peft(family, config, folder):
-    """A base, PEFT's outputs with a random adapter on a copy of it, the batch, and the saved folder."""
-    base, batch = made(family), inputs(family)
-    tuned = shaken(peft.get_peft_model(copy.deepcopy(base), config)).eval()
-    tuned.save_pretrained(folder)
-    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
-    return base, loaded, batch
-
-
-def close(ours, theirs):
-    scale = theirs.abs().max().clamp_min(1.0)
-    assert ours.shape == theirs.shape
-    assert float((ours - theirs).abs().max() / scale) <= TOLERANCE
-
-
-def same_files(one, other):
-    a, b = load_file(Path(one) / "adapter_model.safetensors"), load_file(Path(other) / "adapter_model.safetensors")
-    assert sorted(a) == sorted(b)
-    for key in a:
-        assert a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]), key
 
 
 def lora(**options):
@@ -243,11 +132,6 @@ def prefix(task, **options):
     return peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=3, **options)
 
 
-def text_of(family, logits, length=3):
-    """PEFT leaves the prompt's positions in a decoder's logits."""
-    return logits[:, length:] if family in ("llama", "gpt2") else logits
-
-
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "t5"])
 def test_prompt_tuning(family, tmp_path):
     base, tuned, batch = by_peft(family, prompt(TASKS[family]), tmp_path / "theirs")
@@ -335,22 +219,6 @@ OURS = {
 }
 
 
-def ours_on(family, method, **options):
-    """Our adapter with random non-zero tensors, its base before, and a batch."""
-    base, batch = made(family), inputs(family)
-    plain = copy.deepcopy(base)
-    tuned = veneer.attach(base, method, **options)
-    for p in tuned.parameters():
-        p.data = p.data + 0.1 * torch.randn_like(p)
-    return plain, tuned, batch
-
-
-def in_peft(plain, folder, family, batch, length=3):
-    model = peft.PeftModel.from_pretrained(copy.deepcopy(plain), folder).eval()
-    out = answers(model, batch)
-    return text_of(family, out, length) if model.active_peft_config.peft_type == "PROMPT_TUNING" else out
-
-
 @pytest.mark.parametrize("case", OURS)
 def test_what_we_save_answers_the_same_in_peft_and_here_again(case, tmp_path):
     family, method = OURS[case]
@@ -427,7 +295,7 @@ REFUSED = {
     "two low-rank methods": ("llama", "lora(r=2) + dora(r=2)", "exactly one method"),
     "unknown to PEFT": ("llama", "ssf", "PEFT has no ssf"),
     "biases alone": ("bert", "bitfit", "exactly one method"),
-    "biases beside norms": ("bert", "ln-tuning + bitfit", "only beside LoRA"),
+    "biases beside norms": ("bert", "ln-tuning + bitfit", "cannot train biases"),
     "quantised start": ("llama", "lora(r=2, start='loftq')", "quantised copy"),
     "prompt after the first token": ("bert", "prompt-tuning(length=2)", "after_first"),
     "prefix without a layer": ("llama", "prefix-tuning(length=2, leave_out=(0,))", "leaves some out"),
@@ -441,11 +309,6 @@ def test_what_peft_cannot_hold_is_refused_and_nothing_is_written(case, tmp_path)
     with pytest.raises(Unsupported, match=words):
         save_peft(tuned, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def changed(folder, **options):
-    path = Path(folder) / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **options}))
 
 
 @pytest.fixture
@@ -473,8 +336,8 @@ def test_other_types_and_starts_are_refused(saved):
     changed(folder, init_lora_weights="corda")
     with pytest.raises(Unsupported, match="rewrote the base's weights"):
         load_peft(base, folder)
-    changed(folder, init_lora_weights=True, peft_type="LOHA")
-    with pytest.raises(Unsupported, match="LOHA cannot be read"):
+    changed(folder, init_lora_weights=True, peft_type="VBLORA")
+    with pytest.raises(Unsupported, match="VBLORA cannot be read"):
         load_peft(base, folder)
 
 

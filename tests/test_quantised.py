@@ -197,7 +197,7 @@ def test_rows_and_switching(base: tuple[str, nn.Module]) -> None:
         assert float((found - wanted).abs().max()) <= near * float(wanted.abs().max())
 
 
-@pytest.mark.parametrize("spec", ["quantum-adapter(targets='attn.q mlp.up')", "ssf(targets='attn.q')", "boft(k=4, targets='attn.q mlp.up')"])
+@pytest.mark.parametrize("spec", ["quantum-adapter(targets='attn.q mlp.up')", "ssf(targets='attn.q')", "boft(targets='attn.q mlp.up')"])
 def test_a_packed_layer_with_a_bias_answers_as_its_dense_weight_would(spec: str) -> None:
     """Changes that leave the bias alone take it off a packed layer's output and put it back."""
     bnb = pytest.importorskip("bitsandbytes")

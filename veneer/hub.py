@@ -151,7 +151,7 @@ def write_folder(tuned: Tuned, folder: Path, name: str, repo: str, metrics: Mapp
 
 
 def _write_peft(tuned: Tuned, folder: Path, name: str) -> bool:
-    from veneer.tools.peft_format import CONFIG, save_peft
+    from veneer.tools.peft import CONFIG, save_peft
 
     try:
         save_peft(tuned, folder, name)

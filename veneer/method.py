@@ -12,6 +12,7 @@ from torch import Generator, Tensor
 
 from veneer.callable import make_callable
 from veneer.errors import BadValue, Unsupported
+from veneer.kernels.recomputed import recomputed
 from veneer.option import check
 from veneer.site import Site, choose
 
@@ -123,6 +124,9 @@ class Method:
 
     def check(self, site: Site) -> None:
         """Raises `BadValue` (with `self.refuse`) if the hyper-parameters do not fit this site's shape."""
+
+    def check_tensors(self, p: Params, site: Site) -> None:
+        """Raises `BadValue` for tensors of a file that must not be used as they are: positions outside the weight, say."""
 
     def select(self, sites: Sequence[Site]) -> list[Site]:
         """The sites it acts on, in model order; by default those that `targets` names."""
@@ -243,6 +247,14 @@ class WeightMethod(Method):
     The forward builds f(W; p) anew in backward, so that nothing of the weight's size is kept between the two.
     """
 
+    recomputes: ClassVar[bool] = False
+    """True (also as a property) if `delta` or `turn` is to run again in backward instead of keeping what lies inside:
+    where it is cheap and keeps several tensors of the input's size. It must not draw random numbers then."""
+
+    def again(self, run: Callable[[Tensor, Params], Tensor], x: Tensor, p: Params) -> Tensor:
+        """run(x, p), as `recomputes` says."""
+        return recomputed(x, run, p) if self.recomputes else run(x, p)
+
     def weight(self, W: Tensor, p: Params, site: Site | None = None) -> Tensor:
         """The definition, dense: [out, in] → [out, in]."""
         raise NotImplementedError
@@ -278,7 +290,8 @@ class AdditiveMethod(WeightMethod):
     def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
         drops = bool(self.dropout) and call.training and x.is_floating_point()
         if site.kind == "linear" and type(self).delta is not AdditiveMethod.delta:
-            return call(x) + self.delta(torch.nn.functional.dropout(x, self.dropout) if drops else x, p, site)
+            inner = torch.nn.functional.dropout(x, self.dropout) if drops else x
+            return call(x) + self.again(lambda x, p: self.delta(x, p, site), inner, p)
         if drops:
             return call(x) + call.apply(torch.nn.functional.dropout(x, self.dropout), weight=self.change(p, site), bias=None)
         return super().forward(call, x, p, site)
@@ -308,6 +321,8 @@ class LowRankMethod(AdditiveMethod):
         return self.factors(p, site)
 
     def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
+        if site.kind == "linear" and type(self).delta is not LowRankMethod.delta:
+            return super().forward(call, x, p, site)
         L, R = self.factors(p, site)
         if self.dropout and call.training and x.is_floating_point():
             return call.add_low_rank(x, L, R, torch.nn.functional.dropout(x, self.dropout))
@@ -330,7 +345,9 @@ class InputMethod(WeightMethod):
         return (flat @ M.T).reshape(W.shape)
 
     def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
-        return call(self.turn(x, p, site)) if site.kind == "linear" else super().forward(call, x, p, site)
+        if site.kind != "linear":
+            return super().forward(call, x, p, site)
+        return call(self.again(lambda x, p: self.turn(x, p, site), x, p))
 
 
 @dataclass(frozen=True)
@@ -354,9 +371,9 @@ class OutputMethod(WeightMethod):
         h = call(x) if b is None else call.apply(x, bias=None)
         h = h.to(torch.promote_types(h.dtype, next(iter(p.values())).dtype))  # a turn by a small angle must not round to none
         if site.kind == "conv":  # channels are axis 1 there
-            y = self.turn(h.movedim(1, -1), p, site).movedim(-1, 1)
+            y = self.again(lambda h, p: self.turn(h, p, site), h.movedim(1, -1), p).movedim(-1, 1)
             return y if b is None else y + b.reshape(-1, *(1,) * len(site.kernel))
-        y = self.turn(h, p, site)
+        y = self.again(lambda h, p: self.turn(h, p, site), h, p)
         return y if b is None else y + b
 
 

@@ -40,10 +40,17 @@ def check(who: str, name: str, value: Any, default: Any, limits: dict[str, Any],
         if value not in choices:
             raise BadValue(f"{who}: {name}={value!r} is not one of {', '.join(repr(c) for c in choices)}.")
         return
-    kinds = [k for k in _TYPES if k in [part.strip() for part in annotation.split("|")]]
+    parts = [part.strip() for part in annotation.split("|")]
+    kinds, several = [k for k in _TYPES if k in parts], [k for k in _TYPES if f"tuple[{k}, ...]" in parts]
+    if several and isinstance(value, tuple):
+        if not value and default != ():
+            raise BadValue(f"{who}: {name}=() is empty; the default is {default!r}.")
+        for one in value:  # each within the same limits
+            check(who, name, one, default, limits, " | ".join(several))
+        return
     if kinds and not any(_is(value, kind) for kind in kinds):
-        said = " or ".join(("an " if kind == "int" else "a ") + kind for kind in kinds)
-        raise BadValue(f"{who}: {name}={value!r} must be {said}; the default is {default!r}.")
+        said = [("an " if kind == "int" else "a ") + kind for kind in kinds] + [f"a tuple of {kind}s" for kind in several]
+        raise BadValue(f"{who}: {name}={value!r} must be {' or '.join(said)}; the default is {default!r}.")
     if isinstance(value, int | float) and not isinstance(value, bool):
         bad = value != value or any(
             not {"ge": value >= v, "gt": value > v, "le": value <= v, "lt": value < v}[k]

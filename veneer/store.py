@@ -21,7 +21,7 @@ from torch import Generator, Tensor, nn
 import veneer
 from veneer import anatomy
 from veneer.adapter import Adapter
-from veneer.errors import BadFile, Mismatch, VeneerError, nearest
+from veneer.errors import BadFile, BadValue, Mismatch, VeneerError, nearest
 from veneer.site import whole_sites
 from veneer.source import Source
 from veneer.spec import parse
@@ -100,8 +100,9 @@ def checksum(tensor: Tensor) -> str:
 def tensors_of(tuned: Tuned, name: str, fixed: bool = False) -> dict[str, Tensor]:
     """An adapter's tensors by their names in the file: part/site/tensor, shared ones part/@group/tensor, each once.
 
-    Those that the method's seed gives again are among them only with `fixed`.
+    Those that the method's seed gives again are among them only with `fixed`, or if it was loaded with others than those.
     """
+    fixed = fixed or bool(tuned.adapters[name].facts.get("own_fixed"))
     out: dict[str, Tensor] = {}
     for part in tuned.adapters[name].parts:
         tensors = part.tensors()
@@ -202,7 +203,12 @@ class FromFile(Source):
         name = self.names.get(site.name, site.name)
         listed = self.listed.get(name) or {}
         found = self._found(name, method.fixed, lambda: method.init(site, Generator()))
-        return self._whole(name, found, listed, listed)
+        p = self._whole(name, found, listed, listed)
+        try:
+            method.check_tensors(p, site)
+        except BadValue as error:
+            raise BadFile(f"{self.saved.folder / WEIGHTS}: {error}") from None
+        return p
 
     def _found(self, owner: str, fixed: Collection[str], draw: Callable[[], Params]) -> Params:
         """The tensors of one owner: as the file has them, drawn again where it left fixed ones out."""
@@ -291,7 +297,7 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, roles
     """
     folder = _local(folder)
     if not (folder / WEIGHTS).exists() and (folder / "adapter_config.json").exists():
-        from veneer.tools.peft_format import load_peft
+        from veneer.tools.peft import load_peft
 
         return load_peft(model, folder, name)
     saved = read(folder)

@@ -24,16 +24,29 @@ HOMES = ("llama", "bert", "vit", "convnet", "gpt2", "encoder")
 
 @dataclass(frozen=True)
 class Layer:
-    """A kind of layer to try every method on: the model, the targets there (each for itself), and the kind of site it takes."""
+    """A kind of layer to try every method on: the model, the targets there (each for itself), and the kind of site it takes.
+
+    `instead`: the targets for methods that are at home in attention only.
+    """
 
     subject: str
     targets: tuple[str, ...]
     kind: str
+    instead: str = ""
+
+    def targets_for(self, slug: str) -> tuple[str, ...]:
+        if not self.instead:
+            return self.targets
+        try:
+            fitted(slug, self.subject, self.targets[0])
+        except NoMatch:
+            return (self.instead,)
+        return self.targets
 
 
 LAYER_KINDS = {
-    "linear": Layer("vit", ("attn.q attn.v mlp.down",), "linear"),
-    "conv1d": Layer("gpt2", ("attn.q attn.v mlp.down",), "linear"),
+    "linear": Layer("vit", ("attn.q attn.v mlp.down",), "linear", "attn.q attn.v"),
+    "conv1d": Layer("gpt2", ("attn.q attn.v mlp.down",), "linear", "attn.q attn.v"),
     "conv2d": Layer("convnet", ("conv1", "conv2"), "conv"),
     "embedding": Layer("bert", ("embed.token",), "embedding"),
     "mha": Layer("encoder", ("attn.q attn.v attn.o",), "linear"),
@@ -71,11 +84,13 @@ class Case:
         """The method (or another one) without the model's own head, as it starts."""
         return veneer.attach(model, method or self.method, name, seed=seed, head=False)
 
-    def tuned(self, name: str = "default", model: nn.Module | None = None, method: Method | None = None) -> Tuned:
+    def tuned(
+        self, name: str = "default", model: nn.Module | None = None, method: Method | None = None, size: float = 0.15
+    ) -> Tuned:
         """An adapter whose effect shows: on a fresh model (or a given one), trained tensors moved by random numbers."""
         model = self.base() if model is None else model
         tuned = self.attach(model, name, seed=self.seed, method=method)
-        stir(tuned, name, self.seed + sum(map(ord, name)))
+        stir(tuned, name, self.seed + sum(map(ord, name)), size)
         return tuned
 
     def answers(self, model: nn.Module) -> Tensor:

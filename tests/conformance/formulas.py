@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from veneer.factor import balanced
 from veneer.site import Site
+from veneer.tensor_train import usual_shape
 
 Formula = Callable[[Any, Sequence[Site]], int]
 
@@ -27,11 +30,81 @@ def _rescaled(m: Any, sites: Sequence[Site]) -> int:
     return sum(s.in_features if s.role == "mlp.down" else s.out_features for s in sites)
 
 
+def _turned(m: Any, site: Site) -> int:
+    return site.out_features if site.kind == "embedding" else site.in_features
+
+
+def _bases(m: Any, sites: Sequence[Site]) -> int:
+    least = [min(s.in_features, s.out_features) for s in sites]
+    return sum(-(-d // m.r) * (m.r + d) for d in least)
+
+
+def _kron(m: Any, sites: Sequence[Site]) -> int:
+    total = 0
+    for s in sites:
+        k = math.prod(s.kernel)
+        (o1, o2), (i1, i2) = (
+            max((a, n // a) for a in range(1, n + 1) if n % a == 0 and a <= n // a) for n in (s.out_features, s.in_features // k)
+        )
+        total += m.r * (o1 + i1) if m.decompose_both and 2 * m.r < max(o1, i1) else o1 * i1
+        total += m.r * (o2 + i2 * k) if 2 * m.r < max(o2, i2) else o2 * i2 * k
+    return total
+
+
+def _modules(m: Any, sites: Sequence[Site]) -> int:
+    widths = {f"{s.depth}.{'mlp' if s.role.startswith('mlp') else 'attn'}": s.in_features for s in sites}
+    return sum(m.n**3 + 2 * m.r * d for d in widths.values())
+
+
+def _trains(m: Any, sites: Sequence[Site]) -> int:
+    total = 0
+    for a, b in ((a, b) for s in sites for a, b in ((s.in_features, m.r), (m.r, s.out_features))):
+        n = usual_shape(a, b) or ()
+        total += sum(m.tt_rank ** ((d > 0) + (d < len(n) - 1)) * k for d, k in enumerate(n))
+    return total
+
+
+def _rings(m: Any, sites: Sequence[Site]) -> int:
+    factors = [(balanced(s.in_features, m.D), balanced(s.out_features, m.D)) for s in sites]
+    return sum(m.R_T**2 * sum(i * i for i in ins) + m.R_res**2 * (sum(ins) + sum(outs)) for ins, outs in factors)
+
+
 FORMULAS: dict[str, Formula] = {
     "lora": _low_rank,
     "dora": lambda m, sites: _low_rank(m, sites) + sum(s.out_features for s in sites),
     "adalora": lambda m, sites: sum(m.init_r * (s.in_features + s.out_features + 1) for s in sites),
+    "melora": _low_rank,
+    "gralora": lambda m, sites: sum((m.r + m.hybrid_r) * (s.in_features + s.out_features) for s in sites),
+    "1lora": lambda m, sites: sum(s.out_features for s in sites),
+    "vera": lambda m, sites: sum(m.r + s.out_features for s in sites),
+    "randlora": _bases,
+    "delora": lambda m, sites: _low_rank(m, sites) + len(sites),
     "wegeft": _groups,
+    "oft": lambda m, sites: sum(n // k * (k * (k - 1) // 2) for s in sites for n in [_turned(m, s)] for k in [n // m.r if m.r else m.k]),
+    "boft": lambda m, sites: sum(m.m * (_turned(m, s) // m.k) * m.k**2 + s.out_features for s in sites),
+    "hra": lambda m, sites: sum(m.r * _turned(m, s) for s in sites),
+    "road": lambda m, sites: sum({"road_1": 1, "road_2": 2, "road_4": 4}[m.variant] * s.out_features for s in sites),
+    "c3a": lambda m, sites: sum(s.out_features * s.in_features // m.b for s in sites),
+    "shira": _low_rank,
+    "loha": lambda m, sites: 2 * _low_rank(m, sites),
+    "lokr": _kron,
+    "hut": _low_rank,
+    "bone": lambda m, sites: sum(m.r * s.out_features for s in sites),
+    "miss": lambda m, sites: sum(m.r * (m.mini_r or s.out_features) for s in sites),
+    "alore": _modules,
+    "lorta": lambda m, sites: m.r * (sites[0].in_features + sites[0].head_dim + sites[0].heads + sites[0].length + 4),
+    "loretta": _trains,
+    "tlora": _rings,
+    "mola": lambda m, sites: sum(m.experts(s) * (m.r * (s.in_features + s.out_features) + s.in_features) for s in sites),
+    "s2-lora": lambda m, sites: m.r * (len(sites) + sum(map(sum, {(s.in_features, s.out_features) for s in sites}))),
+    "wara": lambda m, sites: sum(m.r * (s.in_features + s.out_features) // 2 for s in sites),
+    "fourierft": lambda m, sites: m.n * len(sites),
+    "waveft": lambda m, sites: m.n * len(sites),
+    "quantum-adapter": lambda m, sites: sum(m.P * m.N * s.groups * m.base(s)[1] ** 2 for s in sites),
+    "nera": lambda m, sites: sum(s.in_features * m.K * (m.r + 1) + s.in_features + m.r * s.out_features + 1 for s in sites),
+    "snell": _low_rank,
+    "snella": lambda m, sites: _low_rank(m, sites) + 3 * len(sites),
+    "pst": lambda m, sites: sum((m.weight_rank + m.mask_rank + 1) * (s.in_features + s.out_features) for s in sites),
     "bottleneck-adapter": _bottlenecks,
     "ia3": _rescaled,
     "prompt-tuning": lambda m, sites: m.length * sites[0].in_features,

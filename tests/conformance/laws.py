@@ -513,13 +513,15 @@ def bnb4(case: Case) -> None:
     one_step_helps(case, evaluated)
     model = four_bit(case)
     case.answers(model)  # an evaluation before anything is attached repacks weights on some CPUs
-    tuned = case.tuned(model=model)
+    tuned = case.tuned(model=model, size=0.05)
     _, found = _gradients32(case, tuned)
     assert all(torch.isfinite(g).all() for g in found) and any(g.abs().max() > 0 for g in found)
     model = four_bit(case)
-    again = case.tuned(model=model)
-    for g, e in zip(found, _gradients32(case, again)[1]):  # the repacked scales were rounded to bfloat16
-        assert float((g - e).norm()) <= 0.1 * float(e.norm()) + 1e-4, "gradients differ after an evaluation of the base"
+    again = case.tuned(model=model, size=0.05)
+    expected = torch.cat([e.flatten() for e in _gradients32(case, again)[1]])
+    off = float((torch.cat([g.flatten() for g in found]) - expected).norm())
+    # the repacked scales were rounded to bfloat16: all gradients together, as one router's choice or singular vector may turn
+    assert off <= 0.25 * float(expected.norm()) + 1e-4, f"gradients differ by {off:.2g} after an evaluation of the base"
 
 
 def _gradients32(case: Case, tuned: Tuned) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -632,7 +634,7 @@ def all_laws(case: Case, names: Sequence[str]) -> None:
 def on_layer(kind: str) -> Law:
     def holds(case: Case) -> None:
         layer = LAYER_KINDS[kind]
-        for targets in layer.targets:
+        for targets in layer.targets_for(case.slug):
             there = Case(case.slug, case.seed, SUBJECTS[layer.subject], targets)
             all_laws(there, ON_LAYERS)
             plain, tuned = there.answers(there.base()), there.attach(there.base())

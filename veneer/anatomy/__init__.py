@@ -9,6 +9,6 @@ In the order of work: `tree` (modules), `weights`, `given` (roles the user names
 
 from veneer.anatomy.layout import layout
 from veneer.anatomy.sites import sites
-from veneer.anatomy.skeleton import skeleton
+from veneer.anatomy.skeleton import skeleton, with_weights
 
-__all__ = ["layout", "sites", "skeleton"]
+__all__ = ["layout", "sites", "skeleton", "with_weights"]

@@ -40,6 +40,16 @@ def skeleton(name_or_path: str) -> nn.Module:
         return named(config) if named else transformers.AutoModel.from_config(config)
 
 
+def with_weights(model: nn.Module, name_or_path: str) -> nn.Module:
+    """The model of a skeleton again, with its weights. Raises `BadFile` if they cannot be had."""
+    cls: Any = type(model)
+    try:
+        return cls.from_pretrained(name_or_path).eval()
+    except (OSError, ValueError, AttributeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadFile(f"The weights of {name_or_path!r} could not be loaded: {reason}") from error
+
+
 def _diffusers_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

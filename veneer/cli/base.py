@@ -62,6 +62,18 @@ def load_base(folder: Path, model: str | None = None) -> nn.Module:
         raise load_failed(name, error) from error
 
 
+def with_weights(skeleton: nn.Module, name: str) -> nn.Module:
+    """A skeleton's model again with its weights, without a progress bar. Raises `BadFile` if they cannot be had."""
+    from transformers.utils import logging
+
+    from veneer import anatomy
+    from veneer.assets import resolve
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return anatomy.with_weights(skeleton, resolve(name))
+
+
 def _class_name(facts: dict[str, Any]) -> str:
     """The class of transformers that the adapter was made for."""
     if "peft" in facts:

@@ -109,7 +109,7 @@ def _write(tuned: Tuned, out: Path, to: str, as_lora: bool, rank: int | None) ->
     if to == "veneer":
         tuned.save(out)
         return
-    from veneer.tools.peft_format import save_peft
+    from veneer.tools.peft import save_peft
 
     save_peft(tuned, out, as_lora=as_lora, rank=rank)
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect": ("folder", "Show what an adapter's folder holds: method, base model, sites, sizes, training."),
     "methods": ("methods", "List the methods."),
     "show": ("methods", "Show one method: formula, tensors, hyper-parameters, and the count for a model."),
+    "budget": ("budget", "Match methods by size: the hyper-parameters of each that land nearest to a number of trained parameters."),
     "anatomy": ("anatomy", "Print a model's tree of roles with shapes."),
     "doctor": ("doctor", "Check the installation: versions, builds that do not fit, devices, carriers of models and data."),
 }

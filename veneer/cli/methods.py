@@ -94,9 +94,17 @@ def _default(card: registry.Card, option: registry.Option, given: dict[str, Any]
 
 
 def _count(spec: str, model: str) -> dict[str, Any]:
-    """Trained parameters on a model whose weights are never loaded."""
+    """Trained parameters on a model; its weights are loaded only for methods whose count depends on them."""
     from veneer import anatomy, assets, attach
+    from veneer.cli.base import with_weights
+    from veneer.spec import parse
 
-    summary = attach(anatomy.skeleton(assets.resolve(model)), spec, head=False).summary()
+    base = anatomy.skeleton(assets.resolve(model))
+    weighs = any(part.weighs for part in parse(spec).parts)
+    if weighs:
+        print("\nIts shapes depend on the weights, so the model is loaded to count.")
+        base = with_weights(base, model)
+    summary = attach(base, spec, head=False).summary()
     print(f"\non {model}: {summary}")
-    return {"model": model, "trained": summary.trained, "total": summary.total, "sites": summary.sites, "roles": summary.roles}
+    counted = {"trained": summary.trained, "total": summary.total, "sites": summary.sites, "roles": summary.roles}
+    return {"model": model, **counted, "weights_read": weighs}

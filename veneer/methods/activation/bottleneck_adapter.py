@@ -43,6 +43,7 @@ class BottleneckAdapter(ActivationMethod):
     dropout: float = option(0.0, "dropout after the nonlinearity, in training", ge=0, lt=1)
     start: str = option("zero_up", "first values", choices=("zero_up", "bert", "houlsby"))
     kinds = ("linear", "norm", "branch")
+    sizes = ("m",)
     aliases = {"bottleneck": "m", "reduction_factor": "reduction", "non_linearity": "act", "scaling": "s", "init": "start"}
     limits = {"merge": "it is nonlinear"}
 

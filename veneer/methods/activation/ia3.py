@@ -29,6 +29,7 @@ class IA3(ActivationMethod):
     feedforward: str = option("mlp.down expert.down", "targets rescaled on their input side")
 
     default_lr = 1e-2
+    sizes = ()
     default_targets = "attn.k attn.v cross.k cross.v mlp.down expert.down"
     kinds = ("linear", "conv", "embedding", "norm", "parameter")
     aliases = {"feedforward_modules": "feedforward", "target_modules": "targets"}

@@ -27,6 +27,7 @@ class SSF(ActivationMethod):
     exact_start: bool = option(True, "start equal to the base; False draws the released N(1, 0.02²), N(0, 0.02²)")
 
     default_lr = 1e-2
+    sizes = ()
     default_targets = (
         "embed.patch attn.q attn.k attn.v attn.o attn.qkv cross.q cross.k cross.v cross.o mlp.up mlp.gate mlp.down "
         "norm.attn norm.cross norm.mlp norm.embed norm.final norm.other"

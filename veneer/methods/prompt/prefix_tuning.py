@@ -37,6 +37,7 @@ class PrefixTuning(PromptMethod):
     shift_positions: bool | None = option(None, "start the text behind the prefix; None: in decoders")
 
     default_lr = 1e-2
+    sizes = ("length",)
     default_targets = "attn"
     kinds = ("attention",)
     aliases = {"P": "length", "num_virtual_tokens": "length", "prefix_length": "length", "encoder_hidden_size": "mid"}

@@ -37,6 +37,7 @@ class PromptTuning(PromptMethod):
     after_first: bool | None = option(None, "insert after the first token; None: in encoders")
 
     default_lr = 1e-2
+    sizes = ("length",)
     default_targets = "model"
     aliases = {"Pn": "length", "num_virtual_tokens": "length", "prompt_length": "length", "init": "start"}
     limits = {

@@ -37,6 +37,7 @@ class VPT(PromptMethod):
     patch: int = option(16, "side of a patch in pixels", ge=1)
 
     default_lr = 1e-2
+    sizes = ("length",)
     default_targets = "block"
     kinds = ("block",)
     aliases = {"p": "length", "num_tokens": "length"}

@@ -27,6 +27,7 @@ class BitFit(SelectionMethod):
     create: bool = option(False, "give layers without a bias one, starting at zero")
 
     default_lr = 2e-3
+    sizes = ()
     default_targets = (
         "attn.q attn.k attn.v attn.o attn.qkv cross.q cross.k cross.v cross.o mlp.up mlp.gate mlp.down "
         "mixer.in mixer.out conv embed.patch norm pooler other"

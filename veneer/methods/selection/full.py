@@ -24,6 +24,7 @@ class Full(SelectionMethod):
     """
 
     default_lr = 2e-5
+    sizes = ()
     default_targets = ".*"
 
     def init(self, site: Site, generator: Generator) -> Params:

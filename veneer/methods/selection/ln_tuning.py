@@ -23,6 +23,7 @@ class LNTuning(SelectionMethod):
     """
 
     default_lr = 3e-3
+    sizes = ()
     default_targets = "norm"
     kinds = ("norm",)
 

@@ -44,7 +44,7 @@ class AdaLoRA(LowRankMethod):
     delta_T: int = option(1, "steps between two maskings", ge=1)
     T: int | None = option(None, "all optimiser steps", ge=1)
 
-    sizes = ("init_r",)
+    sizes = ("init_r", "target_r")
     default_targets = "attn.q attn.k attn.v attn.o attn.qkv cross.q cross.k cross.v cross.o mlp.up mlp.gate mlp.down"
     aliases = {
         "lora_alpha": "alpha",

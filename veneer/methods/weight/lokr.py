@@ -43,6 +43,7 @@ class LoKr(RowDropped):
     start: str = option("zero_w1", "which factor starts at zero", choices=("zero_w1", "lycoris"))
 
     sizes = ("r", "decompose_factor")
+    recomputes = True
     default_targets = "attn.q attn.v attn.qkv cross.q cross.v"
     aliases = {"rank": "r", "factor": "decompose_factor", "init_weights": "start"}
 
@@ -111,7 +112,7 @@ class LoKr(RowDropped):
     def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
         m = self.rows_kept(call, p, site)
         if site.kind == "linear":
-            y = self.delta(x, p, site)
+            y = self.again(lambda x, p: self.delta(x, p, site), x, p)
             return call(x) + (y if m is None else y * m.to(y.dtype))
         factors = self.factors(p, site) if site.kind == "embedding" else None  # a table's change would be as large as the table
         return self.with_dense(call, x, p, site, m) if factors is None else self.with_factors(call, x, *factors, m)

@@ -1,14 +1,9 @@
-"""Hugging Face PEFT's adapter folders, `adapter_config.json` and `adapter_model.safetensors`: read and written bit-exactly.
-
-The file's keys say which modules are adapted, the shapes their ranks; the config says scales and switches. What a config
-asks for and this library does not compute is refused by name, never ignored.
-"""
+"""One folder: from PEFT's files to an adapter in a model, and back."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,36 +12,29 @@ from torch import Tensor, nn
 from veneer.adapter import Adapter
 from veneer.errors import Unsupported, nearest
 from veneer.method import Method, Params, Stack
+from veneer.part import Part
 from veneer.site import Site
 from veneer.slot import Slot
 from veneer.source import Source
 from veneer.store import CannotWrite, write_tensors, write_text
-from veneer.tools.peft_names import CONFIG, PROMPTS, WEIGHTS, Places
-from veneer.tools.peft_read import READERS, Given, Piece, check_options, read_config, read_given, read_saved_modules
-from veneer.tools.peft_write import WRITERS, Grouped, Taken, finish, write_as_lora, write_extras, write_method
+from veneer.tools.peft.as_lora import write_as_lora
+from veneer.tools.peft.formats import FORMATS, OF_METHOD
+from veneer.tools.peft.given import Piece, check_options, read_config, read_given
+from veneer.tools.peft.modules import EXTRAS, read_saved_modules, write_extras
+from veneer.tools.peft.names import CONFIG, PROMPTS, WEIGHTS, Places
+from veneer.tools.peft.taken import Taken, finish, grouped
 from veneer.tuned import Tuned, check_name, tuned_of
 
 
-@dataclass(frozen=True)
-class Format:
-    """How one of PEFT's types is read, and written."""
-
-    read: Callable[[Given], Piece]
-    write: Callable[[Taken, Grouped], None]
-
-
-FORMATS = {kind: Format(READERS[kind], WRITERS[kind]) for kind in READERS}
-"""PEFT's types by their names in the config: how each is read, and written."""
-
-
-class FromTensors(Source):
+class FromPiece(Source):
     """Tensors that are there already."""
 
-    def __init__(self, tensors: Mapping[str, Params]) -> None:
-        self.tensors = tensors
+    def __init__(self, piece: Piece) -> None:
+        self.groups = piece.shared
+        self.tensors = {site.name: p for _, site, p in piece.at}
 
     def shared(self, part: Method, group: str, members: Sequence[Site]) -> Params:
-        return {}
+        return self.groups.get(group, {})
 
     def own(self, method: Method, site: Site, module: nn.Module, slot: Slot, like: Tensor, shared: Params) -> Params:
         return self.tensors[site.name]
@@ -75,11 +63,12 @@ def load_peft(model: nn.Module, folder: str | Path, name: str | None = None) -> 
         before, after = read_saved_modules(given)
     pieces = [p for p in (*before, main, *after) if p.at]
     method = pieces[0].method if len(pieces) == 1 else Stack(methods=tuple(p.method for p in pieces))
-    adapter = Adapter(name, method, [], facts={"peft": config, **({"peft_tables": given.tables} if given.tables else {})})
+    facts = {"peft": config, "peft_tables": given.tables, "peft_copies": given.copies, "own_fixed": given.own_fixed}
+    adapter = Adapter(name, method, [], facts={key: fact for key, fact in facts.items() if fact})
     for piece in pieces:
         for special, site, _ in piece.at:
             special.check(site)
-    planned = [(p.method, [(m, s) for m, s, _ in p.at], FromTensors({s.name: t for _, s, t in p.at})) for p in pieces]
+    planned = [(p.method, [(m, s) for m, s, _ in p.at], FromPiece(p)) for p in pieces]
     return tuned.add(adapter, planned)
 
 
@@ -108,7 +97,7 @@ def save_peft(
     parts = {i: [p for p in tuned.adapters[name].parts if p.index == i] for i in range(len(tuned.adapters[name].method.parts))}
     with torch.no_grad():
         main = write_as_lora(taken, parts, rank, tell) if as_lora else write_method(taken, parts)
-        write_extras(taken, {i: p for i, p in parts.items() if i not in main})
+        write_extras(taken, {i: p for i, p in parts.items() if i not in main}, FORMATS[taken.config["peft_type"]].biases)
     finish(taken)
     folder = Path(folder)
     tensors = {key: t.detach().cpu().contiguous().clone() for key, t in taken.tensors.items()}
@@ -118,3 +107,23 @@ def save_peft(
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     write_text(folder / CONFIG, text)
     return folder
+
+
+def write_method(taken: Taken, parts: Mapping[int, list[Part]]) -> set[int]:
+    """Writes the one part that is a PEFT method, and returns its index."""
+    methods = taken.tuned.adapters[taken.name].method.parts
+    found = [i for i, m in enumerate(methods) if m.slug in OF_METHOD]
+    strange = [m.slug for m in methods if m.slug not in OF_METHOD and m.slug not in EXTRAS]
+    way = "Save it in veneer's own format, or export it as LoRA (as_lora=True, with rank=… where it is not of low rank)."
+    if strange:
+        raise Unsupported(f"PEFT has no {strange[0]} that this could be written as. {way}")
+    if len(found) != 1:
+        what = " + ".join(methods[i].slug for i in found) or " + ".join(m.slug for m in methods)
+        raise Unsupported(f"A PEFT adapter holds exactly one method; this is {what}. {way}")
+    how = OF_METHOD[methods[found[0]].slug]
+    taken.config["peft_type"] = how.kind
+    own = parts[found[0]]
+    if bare := next((p for p in own if p.site.kind == "parameter" or p.site.parameter.endswith("_proj_weight")), None):
+        raise Unsupported(f"{bare.site.name} is a bare parameter, which PEFT's format has no place for. {way}")
+    how.write(taken, grouped(own))
+    return {found[0]}

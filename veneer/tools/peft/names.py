@@ -56,7 +56,7 @@ class Places:
         return replace(first, name=path, role="attn.qkv", rows=None, out_features=sum(s.out_features for s in weights))
 
     def bare(self, path: str, parameter: str) -> Site | None:
-        return next((s for s in self.at[path] if s.kind == "parameter" and s.parameter == parameter), None)
+        return next((s for s in self.at.get(path, ()) if s.kind == "parameter" and s.parameter == parameter), None)
 
     def only(self, kind: str) -> list[Site]:
         return [s for s in self.sites if s.kind == kind]
@@ -91,12 +91,18 @@ def short_targets(paths: Sequence[str], everything: Iterable[str]) -> list[str]:
     return last if exact and not any(n.isdigit() for n in last) else sorted(wanted)
 
 
-TUNED = re.compile(r"(?:^|\.)(lora_\w+|ia3_l|ln_tuning_layers|base_layer\.(?:weight|bias)$|original_module|prompt_embeddings)(\..*)?$")
+SLOTS = (
+    r"lora_\w+|ia3_l|ln_tuning_layers|prompt_embeddings|vera_\w+|randlora_\w+|delora_\w+|gralora_\w+|hada_\w+|lokr_\w+|"
+    r"fourierft_spectrum|waveft_spectrum|c3a_kernel|oft_R|oft_embedding_R|boft_[Rs]|hra_u|road_\w+|shira_\w+|miss_block"
+)
+"""What the tensors of PEFT's methods are called inside the module they adapt."""
+
+TUNED = re.compile(rf"(?:^|\.)({SLOTS}|base_layer\.(?:weight|bias)$|original_module)(\..*)?$")
 
 
 def split_key(key: str, prompt: bool = False) -> tuple[str, str]:
     """Module path and slot of a key: "base_model.model.h.0.attn.lora_A.weight" → ("h.0.attn", "lora_A.weight")."""
-    key = key.removeprefix("base_model.") if prompt else key.removeprefix("base_model.model.")
+    key = key.removeprefix("base_model." if prompt or not key.startswith("base_model.model.") else "base_model.model.")
     found = TUNED.search(key)
     if found is None:
         owner, _, slot = key.rpartition(".")
@@ -142,3 +148,22 @@ def check_first_position(places: Places, task: str | None, where: str) -> None:
             f"{where}: the head of {type(places.model).__name__} reads the first position, which is a learned token with PEFT and the "
             "text's first token here, so the answers would differ. Attach 'prompt-tuning' or 'prefix-tuning' and train it here."
         )
+
+
+TASKS = (
+    (re.compile("ForSequenceClassification$"), "SEQ_CLS"),
+    (re.compile("ForTokenClassification$"), "TOKEN_CLS"),
+    (re.compile("ForQuestionAnswering$"), "QUESTION_ANS"),
+    (re.compile("ForConditionalGeneration$"), "SEQ_2_SEQ_LM"),
+    (re.compile("(ForCausalLM|LMHeadModel)$"), "CAUSAL_LM"),
+)
+
+
+CLASSIFIERS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+
+
+def task_type(model: nn.Module) -> str | None:
+    """PEFT's name of the model's task."""
+    kind = type(model).__name__.removeprefix("Adapted")
+    task = next((task for pattern, task in TASKS if pattern.search(kind)), None)
+    return None if task == "SEQ_2_SEQ_LM" and not getattr(getattr(model, "config", None), "is_encoder_decoder", False) else task

@@ -1,0 +1,42 @@
+"""y = run(x, p), with nothing kept for backward but x and p: what lies between is computed again there.
+
+Bound: one more run. It pays where the run is cheap and keeps several tensors of x's size (Kronecker products, butterflies).
+The plain reference is `run` itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Run = Callable[[Tensor, dict[str, Tensor]], Tensor]
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, run: Run, names: list[str], *tensors: Tensor) -> Tensor:
+        ctx.run, ctx.names = run, names
+        ctx.save_for_backward(x, *tensors)
+        return run(x, dict(zip(names, tensors)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved, needs = ctx.saved_tensors, (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
+        with torch.enable_grad():
+            x, *tensors = leaves = [t.detach().requires_grad_(n) for t, n in zip(saved, needs)]
+            y = ctx.run(x, dict(zip(ctx.names, tensors)))
+        made = iter(torch.autograd.grad(y, [t for t in leaves if t.requires_grad], grad, allow_unused=True))
+        gx, *found = [next(made) if t.requires_grad else None for t in leaves]
+        return gx, None, None, *found
+
+
+def recomputed(x: Tensor, run: Run, p: dict[str, Tensor]) -> Tensor:
+    """run(x, p); `run` must give the same both times: no dropout in it. A compiler decides by itself what to keep."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+        return run(x, p)
+    return _Recomputed.apply(x, run, list(p), *p.values())
