@@ -69,6 +69,16 @@ def _rings(m: Any, sites: Sequence[Site]) -> int:
     return sum(m.R_T**2 * sum(i * i for i in ins) + m.R_res**2 * (sum(ins) + sum(outs)) for ins, outs in factors)
 
 
+def _shares(m: Any, sites: Sequence[Site]) -> int:
+    total = 0
+    for s in {s.role: s for s in sites}.values():
+        inside, outside = (s.out_features, s.in_features) if s.role.endswith((".v", ".up")) else (s.in_features, s.out_features)
+        units = {"v": s.kv_heads, "o": s.heads}.get(s.role.rpartition(".")[2], inside)
+        share = {"v": m.v, "o": m.o, "up": m.u, "down": m.d}[s.role.rpartition(".")[2]]
+        total += max(1, int(s.length * units * share)) * inside // units * outside
+    return total
+
+
 FORMULAS: dict[str, Formula] = {
     "lora": _low_rank,
     "dora": lambda m, sites: _low_rank(m, sites) + sum(s.out_features for s in sites),
@@ -106,6 +116,8 @@ FORMULAS: dict[str, Formula] = {
     "snella": lambda m, sites: _low_rank(m, sites) + 3 * len(sites),
     "pst": lambda m, sites: sum((m.weight_rank + m.mask_rank + 1) * (s.in_features + s.out_features) for s in sites),
     "bottleneck-adapter": _bottlenecks,
+    "paca": lambda m, sites: sum(m.r * s.out_features for s in sites),
+    "s2ft": _shares,
     "ia3": _rescaled,
     "prompt-tuning": lambda m, sites: m.length * sites[0].in_features,
     "prefix-tuning": lambda m, sites: sum(2 * m.length * s.kv_heads * s.head_dim for s in sites),
