@@ -341,3 +341,18 @@ def test_a_recomputed_run_keeps_its_input_and_tensors_alone() -> None:
     plain, towards = torch.tanh(torch.tanh(x * a)), torch.randn(3, 5).double()
     for mine, theirs in zip(torch.autograd.grad(y, (x, a), towards), torch.autograd.grad(plain, (x, a), towards)):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_fixed_tensors_of_stacked_experts_come_back(tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    def model() -> nn.Module:
+        torch.manual_seed(0)
+        sizes: dict[str, Any] = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, vocab_size=48)
+        return MixtralForCausalLM(MixtralConfig(num_local_experts=3, num_key_value_heads=2, **sizes)).eval()
+
+    ids = torch.tensor([[3, 9, 11, 5]])
+    tuned = stirred(veneer.attach(model(), "shira(r=1, targets='expert.down')", head=False))
+    tuned.save(tmp_path)
+    before = tuned.model(input_ids=ids).logits
+    assert torch.equal(veneer.load(model(), tmp_path).model(input_ids=ids).logits, before)

@@ -14,10 +14,10 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 import veneer.registry as registry
+from veneer.maths.starts import add_rows, share_ranks
 from veneer.method import KEEP, Call, Method
-from veneer.methods.strategy.rank_budget import Budget, kept, smoothed, triplet_scores
 from veneer.site import Site
-from veneer.starts import add_rows, share_ranks
+from veneer.strategies.rank_budget import Budget, kept, smoothed, triplet_scores
 
 HOME = Path(__file__).parent / "golden"
 

@@ -16,14 +16,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import veneer
 import veneer.registry as registry
-from veneer.competition import distances, piecewise
 from veneer.errors import BadValue
 from veneer.kernels import kernelised
+from veneer.maths.competition import distances, piecewise
+from veneer.maths.order_statistics import quantile, smallest
 from veneer.method import Method
-from veneer.methods.strategy.entry_budget import EntryBudget, Schedule, allotted
-from veneer.methods.strategy.pruning import n_of_m, prune, sparsity_at
-from veneer.order_statistics import quantile, smallest
 from veneer.site import Site
+from veneer.strategies.entry_budget import EntryBudget, Schedule, allotted
+from veneer.strategies.pruning import n_of_m, prune, sparsity_at
 
 KERNELS = [
     "snell(r=6, s=0.6)",

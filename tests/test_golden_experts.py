@@ -17,13 +17,14 @@ from torch import Generator, Tensor
 from torch.nn import functional as F
 
 import veneer
-from veneer import allocation, anatomy, registry, spectrum
+from veneer import anatomy, registry
 from veneer.errors import BadValue, Unsupported
-from veneer.experts import balance, distance, gates, redundancy
 from veneer.kernels import gated
+from veneer.maths import allocation, spectrum
+from veneer.maths.experts import balance, distance, gates, redundancy
 from veneer.method import Method
-from veneer.methods.strategy.sparsity import cut, prune, shrunk
 from veneer.site import Site
+from veneer.strategies.sparsity import cut, prune, shrunk
 
 
 def draw(*shape: int) -> Tensor:

@@ -23,10 +23,10 @@ import veneer.registry as registry
 from veneer import anatomy
 from veneer.errors import BadFile, BadValue, NoMatch
 from veneer.kernels import columns
+from veneer.maths.units import drawn
 from veneer.method import Method
 from veneer.site import Site
 from veneer.tools.peft import save_peft
-from veneer.units import drawn
 
 SIDES = {"attn.v": True, "mlp.up": True, "attn.o": False, "mlp.down": False}
 """Roles with a slice, and whether it is of rows."""

@@ -19,8 +19,8 @@ from torch import Generator, Tensor
 
 import veneer
 import veneer.registry as registry
-from veneer import tensor_ring, tensor_train
 from veneer.errors import BadValue, Mismatch, Unsupported
+from veneer.maths import tensor_ring, tensor_train
 from veneer.method import Method, Params
 from veneer.site import Site
 from veneer.tuned import Tuned

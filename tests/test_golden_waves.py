@@ -15,13 +15,13 @@ from torch.nn import functional as F
 
 import veneer
 import veneer.registry as registry
-from veneer import wavelet
-from veneer.compound import compounds
 from veneer.errors import BadValue, Unsupported
 from veneer.kernels import hats
+from veneer.maths import wavelet
+from veneer.maths.compound import compounds
+from veneer.maths.spline import bsplines, kan
 from veneer.method import Method, Params
 from veneer.site import Site
-from veneer.spline import bsplines, kan
 
 WAVELETS = ["haar", "db2", "db3", "db4"]
 

@@ -11,11 +11,12 @@ import torch
 from torch import Generator, Tensor, nn
 
 import veneer.registry as registry
-from veneer import anatomy, starts
+from veneer import anatomy
 from veneer.errors import BadValue, Unsupported, VeneerError
+from veneer.maths import starts
 from veneer.method import Method
-from veneer.methods.strategy.rank_budget import Budget, RankBudget, kept, orthogonality
 from veneer.site import Site
+from veneer.strategies.rank_budget import Budget, RankBudget, kept, orthogonality
 
 HERE = Path(__file__).parent
 METHODS = Path(registry.__file__).parent / "methods"

@@ -126,7 +126,9 @@ class Method:
         """Raises `BadValue` (with `self.refuse`) if the hyper-parameters do not fit this site's shape."""
 
     def check_tensors(self, p: Params, site: Site) -> None:
-        """Raises `BadValue` for tensors of a file that must not be used as they are: positions outside the weight, say."""
+        """Raises `BadValue` for tensors of a file that must not be used as they are: positions outside the weight, say.
+
+        Of stacked matrices it is asked one by one."""
 
     def select(self, sites: Sequence[Site]) -> list[Site]:
         """The sites it acts on, in model order; by default those that `targets` names."""

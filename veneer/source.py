@@ -37,19 +37,13 @@ class Fresh(Source):
         return part.init_shared(members, self.generator)
 
     def own(self, method: Method, site: Site, module: nn.Module, slot: Slot, like: Tensor, shared: Params) -> Params:
-        p = self._first(method, site)
+        p = first_tensors(method, site, self.generator)
         p.update(self.starts.get((self.index, site.name), {}))
         p = {k: t.to(like.dtype) if t.is_floating_point() else t for k, t in p.items()}
         if not method.reads_weight:
             return p
         with torch.no_grad():
             return self._from_weight(method, site, module, slot, p, shared)
-
-    def _first(self, method: Method, site: Site) -> Params:
-        if not site.count:
-            return dict(method.init(site, self.generator))
-        each = [method.init(site, self.generator) for _ in range(site.count)]  # stacked matrices: each its own draw
-        return {name: torch.stack([e[name] for e in each]) for name in each[0]}
 
     def _from_weight(self, method: Method, site: Site, module: nn.Module, slot: Slot, p: Params, shared: Params) -> Params:
         if site.kind == "model":
@@ -67,6 +61,14 @@ class Fresh(Source):
             W, b = W[slice(*site.rows)], None if b is None else b[slice(*site.rows)]
         made = method.init_from_weight(W, b, {**shared, **{k: t.to(W.device) for k, t in p.items()}}, site, self.generator)
         return {k: t for k, t in made.items() if k not in shared}
+
+
+def first_tensors(method: Method, site: Site, generator: Generator) -> Params:
+    """What the method's `init` gives for a site; for stacked matrices each its own draw, [count, …]."""
+    if not site.count:
+        return dict(method.init(site, generator))
+    each = [method.init(site, generator) for _ in range(site.count)]
+    return {name: torch.stack([e[name] for e in each]) for name in each[0]}
 
 
 def like_of(module: nn.Module, site: Site) -> Tensor:

@@ -23,7 +23,7 @@ from veneer import anatomy
 from veneer.adapter import Adapter
 from veneer.errors import BadFile, BadValue, Mismatch, VeneerError, nearest
 from veneer.site import whole_sites
-from veneer.source import Source
+from veneer.source import Source, first_tensors
 from veneer.spec import parse
 from veneer.tuned import Tuned, check_name, tuned_of
 
@@ -202,10 +202,11 @@ class FromFile(Source):
     def own(self, method: Method, site: Site, module: nn.Module, slot: Slot, like: Tensor, shared: Params) -> Params:
         name = self.names.get(site.name, site.name)
         listed = self.listed.get(name) or {}
-        found = self._found(name, method.fixed, lambda: method.init(site, Generator()))
+        found = self._found(name, method.fixed, lambda: first_tensors(method, site, Generator()))
         p = self._whole(name, found, listed, listed)
         try:
-            method.check_tensors(p, site)
+            for n in range(site.count or 1):  # of stacked matrices one at a time
+                method.check_tensors({k: t[n] for k, t in p.items()} if site.count else p, site)
         except BadValue as error:
             raise BadFile(f"{self.saved.folder / WEIGHTS}: {error}") from None
         return p

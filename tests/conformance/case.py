@@ -84,9 +84,7 @@ class Case:
         """The method (or another one) without the model's own head, as it starts."""
         return veneer.attach(model, method or self.method, name, seed=seed, head=False)
 
-    def tuned(
-        self, name: str = "default", model: nn.Module | None = None, method: Method | None = None, size: float = 0.15
-    ) -> Tuned:
+    def tuned(self, name: str = "default", model: nn.Module | None = None, method: Method | None = None, size: float = 0.15) -> Tuned:
         """An adapter whose effect shows: on a fresh model (or a given one), trained tensors moved by random numbers."""
         model = self.base() if model is None else model
         tuned = self.attach(model, name, seed=self.seed, method=method)

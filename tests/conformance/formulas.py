@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from veneer.factor import balanced
+from veneer.maths.factor import balanced
+from veneer.maths.tensor_train import usual_shape
 from veneer.site import Site
-from veneer.tensor_train import usual_shape
 
 Formula = Callable[[Any, Sequence[Site]], int]
 

@@ -520,7 +520,8 @@ def bnb4(case: Case) -> None:
     again = case.tuned(model=model, size=0.05)
     expected = torch.cat([e.flatten() for e in _gradients32(case, again)[1]])
     off = float((torch.cat([g.flatten() for g in found]) - expected).norm())
-    # the repacked scales were rounded to bfloat16: all gradients together, as a router chooses otherwise or a kink lies between; no gradient at all would be 1
+    # the repacked scales were rounded to bfloat16: all gradients together, as a router may choose otherwise or a kink lie
+    # between the two; without any gradient the quotient is 1
     assert off <= 0.5 * float(expected.norm()) + 1e-4, f"gradients differ by {off:.2g} after an evaluation of the base"
 
 

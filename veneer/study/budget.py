@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from veneer import registry
 from veneer.errors import BadValue, Unsupported, VeneerError
-from veneer.factor import divisors
+from veneer.maths.factor import divisors
 from veneer.method import Method, Params
 from veneer.place import trained
 from veneer.prompts import backbone_of, read_tokens

@@ -12,10 +12,10 @@ from torch import Generator, Tensor
 
 from veneer.init import kaiming_uniform, normal, ones, zeros
 from veneer.kernels.hats import hat_features
+from veneer.maths.spline import kan
 from veneer.method import Call, Method, Params
 from veneer.option import option
 from veneer.site import Site
-from veneer.spline import kan
 
 
 @dataclass(frozen=True)

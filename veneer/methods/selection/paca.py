@@ -8,11 +8,11 @@ import torch
 from torch import Generator, Tensor
 
 from veneer.init import zeros
+from veneer.maths.slices import Slices
+from veneer.maths.units import drawing
 from veneer.method import Params
 from veneer.option import option
 from veneer.site import Site
-from veneer.slices import Slices
-from veneer.units import drawing
 
 
 @dataclass(frozen=True)

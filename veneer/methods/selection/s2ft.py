@@ -11,11 +11,11 @@ from torch import Generator, Tensor
 
 from veneer.errors import BadValue
 from veneer.init import zeros
+from veneer.maths.slices import Slices
+from veneer.maths.units import blocks, drawn, features, letter, partner, units
 from veneer.method import Params
 from veneer.option import option
 from veneer.site import Site
-from veneer.slices import Slices
-from veneer.units import blocks, drawn, features, letter, partner, units
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from torch import Generator, Tensor
 from veneer.errors import BadValue
 from veneer.init import normal, zeros
 from veneer.method import LowRankMethod, Params
-from veneer.methods.strategy.rank_budget import Budget, RankBudget
 from veneer.option import option
 from veneer.site import Site
+from veneer.strategies.rank_budget import Budget, RankBudget
 from veneer.strategy import Strategy
 
 

@@ -11,8 +11,8 @@ from torch import Generator, Tensor
 from torch.nn.functional import dropout, linear
 
 from veneer.errors import BadValue
-from veneer.factor import nearest_divisors
 from veneer.init import normal, uniform, zeros
+from veneer.maths.factor import nearest_divisors
 from veneer.method import Call, InputMethod, Params
 from veneer.option import option
 from veneer.site import Site

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from veneer.factor import divisors
 from veneer.init import ones, zeros
+from veneer.maths.factor import divisors
+from veneer.maths.rotation import Rotation, by_blocks, cayley, width
 from veneer.method import Call, Params
 from veneer.option import option
-from veneer.rotation import Rotation, by_blocks, cayley, width
 from veneer.site import Site
 
 

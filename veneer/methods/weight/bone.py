@@ -8,8 +8,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import linear, pad
 
-from veneer.factor import nearest_divisors
 from veneer.init import zeros
+from veneer.maths.factor import nearest_divisors
 from veneer.method import AdditiveMethod, Call, Params
 from veneer.option import option
 from veneer.site import Site

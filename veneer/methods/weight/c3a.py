@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from torch import Generator, Tensor
 
-from veneer.factor import nearest_divisors
 from veneer.init import uniform, zeros
 from veneer.kernels.circulant import circulant_linear, rolled
+from veneer.maths.factor import nearest_divisors
 from veneer.method import AdditiveMethod, Params
 from veneer.option import option
 from veneer.site import Site

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from veneer.maths.scattered import Scattered
 from veneer.method import Params
 from veneer.option import option
-from veneer.scattered import Scattered
 from veneer.site import Site
 
 

@@ -10,9 +10,9 @@ from torch import Generator, Tensor
 from torch.nn.functional import pad
 
 from veneer.init import kaiming_uniform
+from veneer.maths.rotation import Rotation, identity, width
 from veneer.method import Params
 from veneer.option import option
-from veneer.rotation import Rotation, identity, width
 from veneer.site import Site
 
 

@@ -9,9 +9,9 @@ from torch import Generator, Tensor
 from torch.nn.functional import linear
 
 from veneer.init import kaiming_uniform, zeros
+from veneer.maths.row_dropout import RowDropped
 from veneer.method import Call, Params
 from veneer.option import option
-from veneer.row_dropout import RowDropped
 from veneer.site import Site
 
 

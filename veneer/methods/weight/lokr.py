@@ -10,11 +10,11 @@ from torch import Generator, Tensor
 from torch.nn.functional import linear
 
 from veneer.errors import BadValue
-from veneer.factor import divisors
 from veneer.init import kaiming_uniform, zeros
+from veneer.maths.factor import divisors
+from veneer.maths.row_dropout import RowDropped
 from veneer.method import Call, Params
 from veneer.option import option
-from veneer.row_dropout import RowDropped
 from veneer.site import Site
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Generator, Tensor
 
 from veneer.init import kaiming_uniform, normal, zeros
+from veneer.maths.starts import Started
 from veneer.method import Call, Params
 from veneer.option import option
 from veneer.site import Site
-from veneer.starts import Started
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class LoRA(Started):
     Tensors: A [r, in], Kaiming-uniform(√5) or N(0, 1/r²) with start="gaussian"; B [out, r], zeros: starts as the base.
     Embedding tables: A [r, vocabulary], zeros; B [dim, r], N(0, 1). Convolutions: A [r, in/groups · kernel]. With
     lora_bias: b [out], zeros. The other starts (PiSSA arXiv:2404.02948, OLoRA arXiv:2406.01775, LoftQ arXiv:2310.08659,
-    EVA arXiv:2410.07170) are in `veneer.starts`; all but LoftQ start as the base, PiSSA and OLoRA to rounding.
+    EVA arXiv:2410.07170) are in `veneer.maths.starts`; all but LoftQ start as the base, PiSSA and OLoRA to rounding.
 
     Args:
         r: rank; may exceed min(in, out) except with a start taken from the weight or from data.

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from veneer.errors import Unsupported
 from veneer.init import Shape, ones, uniform
+from veneer.maths.tensor_train import bonds, cores_of, loose_shape, matrix, random_cores, through, usual_shape
 from veneer.method import WEIGHTS, Call, LowRankMethod, Params
 from veneer.option import option
 from veneer.site import Site, choose
-from veneer.tensor_train import bonds, cores_of, loose_shape, matrix, random_cores, through, usual_shape
 
 
 @dataclass(frozen=True)

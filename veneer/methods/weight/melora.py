@@ -9,8 +9,8 @@ from torch import Generator, Tensor
 from torch.nn.functional import pad
 
 from veneer.errors import BadValue
-from veneer.factor import nearest_divisors
 from veneer.init import kaiming_uniform, zeros
+from veneer.maths.factor import nearest_divisors
 from veneer.method import AdditiveMethod, Params
 from veneer.option import option
 from veneer.site import Site

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Generator
 
 from veneer.errors import BadValue
-from veneer.factor import nearest_divisors
 from veneer.init import zeros
+from veneer.maths.factor import nearest_divisors
 from veneer.method import Params
 from veneer.methods.weight.bone import Bone
 from veneer.option import option

@@ -11,10 +11,10 @@ from torch.nn.functional import linear
 
 from veneer.init import normal, zeros
 from veneer.kernels.gated import gated
+from veneer.maths.spectrum import leading, readable, within
 from veneer.method import Call, Method, Params
 from veneer.option import option
 from veneer.site import Site
-from veneer.spectrum import leading, readable, within
 
 
 @dataclass(frozen=True)

@@ -8,15 +8,15 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import dropout, linear
 
-from veneer.allocation import SHAPES, Counts, at, digits, shaped
 from veneer.errors import BadValue
-from veneer.experts import gates
 from veneer.init import kaiming_uniform, zeros
 from veneer.kernels.gated import gated
+from veneer.maths.allocation import SHAPES, Counts, at, digits, shaped
+from veneer.maths.experts import gates
 from veneer.method import Call, Method, Params
-from veneer.methods.strategy.balance import Balance
 from veneer.option import option
 from veneer.site import Site
+from veneer.strategies.balance import Balance
 from veneer.strategy import Strategy
 
 

@@ -9,11 +9,11 @@ from torch import Generator, Tensor
 
 from veneer.errors import BadValue
 from veneer.init import kaiming_uniform, normal, zeros
+from veneer.maths.order_statistics import smallest
 from veneer.method import Params, WeightMethod
-from veneer.methods.strategy.pruning import Pruning
 from veneer.option import option
-from veneer.order_statistics import smallest
 from veneer.site import Site
+from veneer.strategies.pruning import Pruning
 from veneer.strategy import Strategy
 
 

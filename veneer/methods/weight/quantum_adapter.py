@@ -12,12 +12,12 @@ import torch
 from torch import Generator, Tensor
 from torch.utils.checkpoint import checkpoint
 
-from veneer.compound import by_compounds, compounds
 from veneer.errors import BadValue
 from veneer.init import ones, uniform, zeros
+from veneer.maths.compound import by_compounds, compounds
+from veneer.maths.rotation import cayley
 from veneer.method import Call, OutputMethod, Params
 from veneer.option import option
-from veneer.rotation import cayley
 from veneer.site import Site
 
 

@@ -8,8 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Generator, Tensor
 
-from veneer.factor import divisors
 from veneer.init import ones, zeros
+from veneer.maths.factor import divisors
 from veneer.method import OutputMethod, Params
 from veneer.option import option
 from veneer.site import Site

@@ -11,9 +11,9 @@ from torch.nn.functional import normalize
 from veneer.errors import BadValue
 from veneer.init import kaiming_uniform, normal, zeros
 from veneer.method import LowRankMethod, Params
-from veneer.methods.strategy.sparsity import Sparsity
 from veneer.option import option
 from veneer.site import Site
+from veneer.strategies.sparsity import Sparsity
 from veneer.strategy import Strategy
 
 

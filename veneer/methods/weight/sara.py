@@ -8,11 +8,11 @@ import torch
 from torch import Generator, Tensor, nn
 
 from veneer.init import kaiming_uniform, zeros
+from veneer.maths.spectrum import rank_of, readable, within
+from veneer.maths.starts import truncated_svd
 from veneer.method import LowRankMethod, Params
 from veneer.option import option
 from veneer.site import Site
-from veneer.spectrum import rank_of, readable, within
-from veneer.starts import truncated_svd
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from veneer.competition import Competing, piecewise, squared, squares
 from veneer.errors import BadValue
 from veneer.init import ones
 from veneer.kernels.kernelised import Rule
+from veneer.maths.competition import Competing, piecewise, squared, squares
+from veneer.maths.order_statistics import Pieces, order_statistics, quantile
 from veneer.method import Params
 from veneer.option import option
-from veneer.order_statistics import Pieces, order_statistics, quantile
 from veneer.site import Site
 
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from veneer.competition import Competing, piecewise, squared
 from veneer.errors import BadValue
 from veneer.init import ones, zeros
 from veneer.kernels.kernelised import Rule
+from veneer.maths.competition import Competing, piecewise, squared
+from veneer.maths.order_statistics import Pieces, quantile
 from veneer.method import Params
-from veneer.methods.strategy.entry_budget import EntryBudget, Schedule
 from veneer.option import option
-from veneer.order_statistics import Pieces, quantile
 from veneer.site import Site
+from veneer.strategies.entry_budget import EntryBudget, Schedule
 from veneer.strategy import Strategy
 
 

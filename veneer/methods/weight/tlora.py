@@ -12,14 +12,14 @@ from torch.nn.functional import linear
 
 from veneer.calls import rebuilds
 from veneer.errors import BadValue
-from veneer.factor import balanced
 from veneer.init import Shape, kaiming_uniform, normal, zeros
 from veneer.kernels.rebuilt import rebuilt_linear
+from veneer.maths.factor import balanced
+from veneer.maths.tensor_ring import along, closed, cores_of, dense, identity, less_identity, product
 from veneer.method import Call, Params, WeightMethod
-from veneer.methods.strategy.ring_penalty import RingPenalty
 from veneer.option import option
 from veneer.site import Site
-from veneer.tensor_ring import along, closed, cores_of, dense, identity, less_identity, product
+from veneer.strategies.ring_penalty import RingPenalty
 
 
 @dataclass(frozen=True)

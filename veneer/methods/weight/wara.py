@@ -10,17 +10,17 @@ from torch import Generator, Tensor
 
 from veneer.errors import BadValue
 from veneer.init import kaiming_uniform, zeros
+from veneer.maths.starts import truncated_svd
+from veneer.maths.token_grid import Gridded
+from veneer.maths.wavelet import raised
 from veneer.method import Params
 from veneer.option import option
 from veneer.site import Site
-from veneer.starts import truncated_svd
-from veneer.token_grid import Gridded
-from veneer.wavelet import raised
 
 
 @dataclass(frozen=True)
 class WaRA(Gridded):
-    """W_eff = W + s · S_outᵀ (I₂ ⊗ B_w A_w) S_in, s = alpha / r, S_n the wavelet transform of n features (`veneer.wavelet`)
+    """W_eff = W + s · S_outᵀ (I₂ ⊗ B_w A_w) S_in, s = alpha / r, S_n the wavelet transform of n features (`veneer.maths.wavelet`)
 
     Pick it for a multi-resolution change at half of LoRA's count for the same r, with rank up to 2r. With Haar the formula
     is (s · B_w A_w) ⊗ I₂: neighbouring features get the same small map; db2 does not collapse so. Not for odd widths.

@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from veneer.kernels.sparse import placed, sparse_linear
+from veneer.maths.scattered import Scattered
+from veneer.maths.wavelet import analysed_padded, filters, padded, spread, synthesised_padded
 from veneer.method import Params
 from veneer.option import option
-from veneer.scattered import Scattered
 from veneer.site import Site
-from veneer.wavelet import analysed_padded, filters, padded, spread, synthesised_padded
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from veneer.errors import BadValue, Unsupported
+from veneer.maths.starts import truncated_svd
 from veneer.part import Part
-from veneer.starts import truncated_svd
 from veneer.tools.peft.lora import joined, put_lora_options, put_product, put_scales
 from veneer.tools.peft.taken import Taken, grouped
 

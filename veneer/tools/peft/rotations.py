@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from veneer.errors import Unsupported
-from veneer.factor import divisors
-from veneer.rotation import width
+from veneer.maths.factor import divisors
+from veneer.maths.rotation import width
 from veneer.site import Site
 from veneer.tools.peft.layered import Kept, Layered, Places, by_rows
 from veneer.tools.peft.names import CONFIG

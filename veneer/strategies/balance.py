@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from veneer.experts import balance
+from veneer.maths.experts import balance
 from veneer.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Balance(Strategy):
-    """coefficient · Σ over transformer layers of `veneer.experts.balance`, each over all tokens of all its adapted modules.
+    """coefficient · Σ over transformer layers of `veneer.maths.experts.balance`, each over all tokens of all its adapted modules.
 
     Methods of the class `kind` leave their router logits as the note "router" and say with `picks(site)` how many experts
     a token takes.

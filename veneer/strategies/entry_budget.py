@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import BadValue
-from veneer.methods.strategy.rank_budget import smoothed
+from veneer.strategies.rank_budget import smoothed
 from veneer.strategy import Strategy
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from veneer.maths.tensor_ring import from_identity, from_orthogonal
 from veneer.strategy import Strategy
-from veneer.tensor_ring import from_identity, from_orthogonal
 
 if TYPE_CHECKING:
     from veneer.tuned import Tuned

@@ -13,8 +13,8 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import linear
 
-from veneer.factor import balanced
 from veneer.init import Shape, normal
+from veneer.maths.factor import balanced
 
 SMALLEST, LARGEST = 4, 16
 """Usual sizes of a core's middle axis."""

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from veneer import anatomy
 from veneer.errors import BadValue, Unsupported
 from veneer.forms import form_of
+from veneer.maths.starts import working
 from veneer.method import Method, replaced
 from veneer.site import Site
-from veneer.starts import working
 
 M = TypeVar("M", bound=Method)
 

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from veneer.errors import BadValue
 from veneer.init import ones
+from veneer.maths.wavelet import filtered
 from veneer.method import Call, LowRankMethod, Params
 from veneer.option import option
 from veneer.site import Site
-from veneer.wavelet import filtered
 
 ACTS: dict[str | None, Callable] = {None: lambda c: c, "relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}
 
