@@ -17,7 +17,7 @@ RUN := VENEER_ASSETS="$(ASSETS)"
 TEST := $(RUN) OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install carriers demo test test-all bench lint clean
+.PHONY: help venv install carriers demo test test-all bench study lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test      install and run the fast suite"
 	@echo "make test-all  the fast suite and the slow tests on real models"
 	@echo "make bench     speed against the frozen floor and against peft"
+	@echo "make study     weight methods at equal budgets on a real encoder (about an hour on two cores; interrupt and go on at will)"
 	@echo "make lint      ruff and mypy"
 	@echo "make venv | install | carriers | clean   single steps"
 
@@ -80,6 +81,9 @@ test-all: $(STAMPS)/test carriers
 
 bench: $(STAMPS)/test $(STAMPS)/carriers
 	$(RUN) $(PY) benchmarks/speed.py --json benchmarks/speed.json
+
+study: $(STAMPS)/install $(STAMPS)/carriers $(SNIPPETS)
+	$(RUN) $(PY) benchmarks/weight_methods.py --workers $(THREADS) --write
 
 lint: $(STAMPS)/test
 	$(VENV)/bin/ruff format --check .

@@ -10,11 +10,12 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Generator, nn
@@ -39,7 +40,7 @@ CLOSE = 0.2
 ALL_UP_TO = 64
 """Whole numbers up to here are all tried; larger ones are divisors of the layers' sizes, or found by halving."""
 RANKS = ("r", "init_r")
-"""Names of ranks: beyond a layer's width they add nothing, and alpha is measured by them."""
+"""Names of ranks: none is tried beyond the widest layer, and alpha is measured by them."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
 
@@ -168,10 +169,13 @@ def _kept(cls: Any) -> tuple[Any, ...]:
     return tuple({id(v): v for place in places for v in list(place.values()) if hasattr(v, "cache_clear")}.values())
 
 
-class _Decomposed(TorchFunctionMode):
-    """Decomposes and looks through each weight once, however often methods inside ask for it."""
+class _Spectra(TorchFunctionMode):
+    """Takes the singular values of each of a model's weights once; its singular vectors are there by shape only."""
 
-    kept = (torch.linalg.svd, torch.linalg.svdvals, torch.Tensor.any)
+    @staticmethod
+    def of(model: nn.Module) -> _Spectra:
+        """The model's, kept while it lives."""
+        return _spectra.setdefault(model, _Spectra())
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,12 +183,20 @@ class _Decomposed(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func not in self.kept or not args:
+        if func is torch.linalg.svd and args:
+            shapes = func(torch.empty(args[0].shape, device="meta"), *args[1:], **kwargs)
+            values = self.__torch_function__(torch.linalg.svdvals, types, args[:1])
+            kinds: Any = torch.return_types
+            return kinds.linalg_svd((shapes[0], values, shapes[2]))
+        if func not in (torch.linalg.svdvals, torch.Tensor.any) or len(args) != 1 or kwargs:
             return func(*args, **kwargs)
-        key = (func, args[0].data_ptr(), tuple(args[0].shape), args[1:], tuple(kwargs.items()))
+        key = func, args[0].data_ptr(), args[0]._version, tuple(args[0].shape)
         if key not in self.known:
-            self.known[key] = args[0], func(*args, **kwargs)  # the argument is kept, so that no other takes its place in memory
+            self.known[key] = args[0], func(*args)  # the argument is kept, so that no other takes its place in memory
         return self.known[key][1]
+
+
+_spectra: WeakKeyDictionary[nn.Module, _Spectra] = WeakKeyDictionary()
 
 
 # -- searching --------------------------------------------------------------------------------------------------
@@ -278,12 +290,20 @@ class _Search:
         self.kept_start = "identity" not in first.limits
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a size may be legal and unwise
-            with _Decomposed() if self.cls.weighs else nullcontext():
-                setting = self.search()
-                if setting is None:
-                    return self.none(self.refused)
-                method = self.made(setting)
-                return Nearest(self.card.slug, self.budget, method.spec, count(method, self.sites, self.model))
+            if not self.cls.weighs or self.model is None:
+                return self.found_best()
+            try:
+                with _Spectra.of(self.model):
+                    return self.found_best()
+            except (RuntimeError, NotImplementedError):  # it reads values of singular vectors
+                return self.found_best()
+
+    def found_best(self) -> Nearest:
+        setting = self.search()
+        if setting is None:
+            return self.none(self.refused)
+        method = self.made(setting)
+        return Nearest(self.card.slug, self.budget, method.spec, count(method, self.sites, self.model))
 
     def none(self, error: VeneerError | None) -> Nearest:
         return Nearest(self.card.slug, self.budget, why=str(error).splitlines()[0] if error else "no sizes fit this model")
