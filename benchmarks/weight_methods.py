@@ -451,8 +451,8 @@ def rows_of(cells: Sequence[Cell], settings: Settings, out: Path, seeds: int) ->
     """One row a finished cell."""
     for cell in cells:
         folder = cell.folder(out, settings)
-        files = [folder / f"seed{n}.json" for n in range(seeds)]
-        if not all(f.is_file() for f in (*files, folder / "speed.json")):
+        files = [f for n in range(seeds) if (f := folder / f"seed{n}.json").is_file()]
+        if not files or not (folder / "speed.json").is_file():
             continue
         runs = [json.loads(f.read_text(encoding="utf-8")) for f in files]
         correct = [[int(c) for c in run["correct"]] for run in runs]
@@ -501,7 +501,11 @@ def _spread(values: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 def alike(best: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> bool:
     """Whether two methods cannot be told apart: the interval of their difference, seed by seed and example by example, holds 0."""
-    mean, reach = _spread([[a - b for a, b in zip(x, y)] for x, y in zip(best, other)]) if len(best) > 1 else (0.0, 0.0)
+    gaps = [[a - b for a, b in zip(x, y)] for x, y in zip(best, other)]
+    if len(gaps) > 1:
+        mean, reach = _spread(gaps)
+    else:  # one seed in common: over the examples alone
+        mean, reach = statistics.mean(gaps[0]), 1.96 * statistics.stdev(gaps[0]) / len(gaps[0]) ** 0.5
     return abs(mean) <= reach
 
 
@@ -538,7 +542,8 @@ def section(rows: list[dict[str, Any]], budgets: Sequence[int], settings: Settin
         f" Accuracy is the mean of {seeds} seeds (first values, order of sentences) on the same {settings.test:,} test sentences."
         " Its interval is for new seeds and new sentences: the half-widths of Student's interval over the seeds and of the normal"
         " one over the sentences, added as squares. * best of its table; ≈ cannot be told apart from it: the interval of the"
-        " difference, paired by seed and sentence, holds 0 (not corrected for the number of methods). So few steps show how fast"
+        " difference, paired by seed and sentence, holds 0 (not corrected for the number of methods). A row with one accuracy under"
+        " `seeds` was run with one seed, and has Wilson's interval of the sentences alone. So few steps show how fast"
         " a method learns, not how far it gets.",
         "",
         f"Step × floor: forward and backward over the frozen model's with a backward to the input embeddings ({floor:.0f} ms), in turn in"

@@ -35,7 +35,6 @@ class GraLoRA(AdditiveMethod):
     dropout: float = option(0.0, "dropout on what the factors read, in training", ge=0, lt=1)
 
     sizes = ("r", "hybrid_r")
-    recomputes = True
     default_targets = "attn.q attn.v attn.qkv cross.q cross.v"
     default_lr = 4e-4
     aliases = {"rank": "r", "gralora_k": "k", "gralora_alpha": "alpha", "gralora_dropout": "dropout", "h": "hybrid_r"}

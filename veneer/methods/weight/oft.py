@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor
 
 from veneer.init import zeros
+from veneer.kernels.recomputed import recomputed
 from veneer.maths.factor import divisors
 from veneer.maths.rotation import Rotation, by_blocks, cayley, neumann, width
 from veneer.method import Params
@@ -49,10 +50,6 @@ class OFT(Rotation):
     aliases = {"oft_block_size": "k", "module_dropout": "block_dropout"}
 
     @property
-    def recomputes(self) -> bool:  # type: ignore[override]
-        return not self.block_dropout  # which blocks are left out is drawn anew
-
-    @property
     def limits(self) -> Mapping[str, str]:  # type: ignore[override]
         return {"gradients": "they pass the projection of coft as if it were not there"} if self.coft else {}
 
@@ -72,15 +69,19 @@ class OFT(Rotation):
         k = self.block(site)
         return {"Q": zeros((1 if self.block_share else width(site) // k, k * (k - 1) // 2))}
 
-    def pieces(self, p: Params, site: Site, training: bool = False) -> Params:
-        Q, k = p["Q"], self.block(site)
+    def blocks(self, Q: Tensor, k: int) -> Tensor:
+        """R − I by blocks [rows of Q, k, k]."""
         row, column = torch.triu_indices(k, k, 1, device=Q.device)
         U = Q.new_zeros(len(Q), k * k).index_copy(1, row * k + column, Q).unflatten(1, (k, k))
         A = U - U.mT
         if self.coft:
             length = torch.linalg.matrix_norm(A.detach(), keepdim=True)
             A = A + A.detach() * ((self.eps / math.sqrt(len(Q)) / length).clamp_max(1) - 1)
-        C = neumann(A, self.num_cayley_neumann_terms) if self.use_cayley_neumann else cayley(A)  # R − I
+        return neumann(A, self.num_cayley_neumann_terms) if self.use_cayley_neumann else cayley(A)
+
+    def pieces(self, p: Params, site: Site, training: bool = False) -> Params:
+        k = self.block(site)
+        C = recomputed(p["Q"], lambda Q, _: self.blocks(Q, k), {})  # of the series nothing is kept but Q
         N = width(site) // k
         if training and int(self.block_dropout * N):
             C = C * (torch.randperm(N, device=C.device) >= int(self.block_dropout * N))[:, None, None]

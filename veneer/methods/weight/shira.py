@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from veneer.init import zeros
 from veneer.kernels.sparse import placed, sparse_linear
-from veneer.method import AdditiveMethod, Params
+from veneer.method import AdditiveMethod, Call, Params
 from veneer.option import option
 from veneer.site import Site
 
@@ -81,6 +81,14 @@ class SHiRA(AdditiveMethod):
         """Rows and columns [2, n] of flat positions, row by row."""
         at = at.sort().values
         return torch.stack([at // inside, at % inside])
+
+    def adds(self, site: Site) -> bool:
+        return site.kind == "linear"
+
+    def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
+        if 16 * p["v"].numel() > site.out_features * site.in_features:  # a sparse product runs below a dense one's rate
+            return call.rebuild(x, lambda W, p: self.weight(W, p, site), p)
+        return super().forward(call, x, p, site)
 
     def change(self, p: Params, site: Site) -> Tensor:
         return placed(p["v"], p["indices"], site.out_features, site.in_features)
