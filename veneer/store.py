@@ -66,6 +66,7 @@ def describe(tuned: Tuned, name: str) -> dict[str, Any]:
     """The facts of an adapter: what `veneer.json` holds."""
     adapter, model = tuned.adapters[name], tuned.model
     config = getattr(model, "config", None)
+    stored = tensors_of(tuned, name)
     sites = []
     for part in adapter.parts:
         entry: dict[str, Any] = {"part": part.index, "name": part.site.name, "role": part.site.role, "kind": part.site.kind}
@@ -86,7 +87,7 @@ def describe(tuned: Tuned, name: str) -> dict[str, Any]:
             "parameters": tuned.base_size(),
         },
         "sites": sites,
-        "fixed": {key: checksum(t) for key, t in tensors_of(tuned, name, True).items() if key not in tensors_of(tuned, name)},
+        "fixed": {key: checksum(t) for key, t in tensors_of(tuned, name, True).items() if key not in stored},
         "trained": tuned.summary(name).trained,
         "training": adapter.facts,
     }
