@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import Generator, nn
+from torch import Generator, Tensor, nn
 
 from veneer import anatomy
 from veneer.adapter import Adapter
@@ -28,6 +28,7 @@ def attach(
     roles: Mapping[str, str] | None = None,
     overrides: Mapping[str, Mapping[str, Any]] | None = None,
     batches: Iterable[Any] | None = None,
+    loss: Callable[[nn.Module, Any], Tensor] | None = None,
 ) -> Tuned:
     """Attaches a method to a model in place, under a name, and makes it the active one. The base is frozen.
 
@@ -40,6 +41,7 @@ def attach(
         roles: module name (or regular expression) → role, to add or correct what anatomy finds.
         overrides: module name or role → hyper-parameters that differ there, e.g. `{"layer.0": {"r": 4}}`.
         batches: inputs (dicts or tensors) for methods that start from data.
+        loss: (model, batch) → the task loss, for methods that start from gradients; by default the output's own `loss`.
 
     Raises:
         VeneerError: unknown targets, hyper-parameters that do not fit a layer, a taken name, a wrapped model.
@@ -57,8 +59,8 @@ def attach(
     planned = [(part, [special_at(part, site, overrides) for site in found]) for part, found in chosen]
     starts: dict[tuple[int, str], Params] = {}
     for i, (part, found) in enumerate(planned):
-        if part.calibrates:
-            planned[i] = (part, calibrated(model, part, found, batches, i, starts))
+        if part.calibrates or part.reads_gradients:
+            planned[i] = (part, calibrated(model, part, found, batches, i, starts, loss))
     for _, found in planned:
         for special, site in found:
             special.check(site)

@@ -112,6 +112,8 @@ class Link(Call):
     def __call__(self, x: Tensor) -> Tensor:
         self.below.notes = self.part.notes
         y = self.part.method.forward(self.below, x, self.part.tensors(), self.part.site)
+        if self.part.respond is not None:
+            y = self.part.respond(self.below(x), y)
         if x.is_floating_point():
             return y if y.dtype == x.dtype or torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
         raw = self.module._parameters.get("weight")

@@ -26,8 +26,12 @@ class Form:
         """The stored parameter, fetched where an offloading hook keeps it."""
         return stored(module, self.parameter)
 
+    def seen(self, stored: Tensor) -> Tensor:
+        """A stored parameter, or its gradient, as [out, in]."""
+        return stored
+
     def weight(self, module: nn.Module) -> Tensor:
-        return self.raw(module).detach()
+        return self.seen(self.raw(module).detach())
 
     def bias(self, module: nn.Module) -> Tensor | None:
         held = module._parameters.get(self.bias_name)
@@ -71,8 +75,8 @@ class LinearForm(Form):
 class TransposedForm(LinearForm):
     """Stored [in, out], as GPT-2's Conv1D."""
 
-    def weight(self, module: nn.Module) -> Tensor:
-        return self.raw(module).detach().t()
+    def seen(self, stored: Tensor) -> Tensor:
+        return stored.t()
 
     def fused_low_rank(self, module: nn.Module, x: Tensor, L: Tensor, R: Tensor) -> Tensor | None:
         W = module._parameters["weight"]
@@ -115,8 +119,8 @@ class QuantisedForm(LinearForm):
 class EmbeddingForm(Form):
     """A table [vocabulary, dim], seen as [dim, vocabulary] acting on one-hot columns."""
 
-    def weight(self, module: nn.Module) -> Tensor:
-        return self.raw(module).detach().t()
+    def seen(self, stored: Tensor) -> Tensor:
+        return stored.t()
 
     def apply(self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         own: Any = module
@@ -138,8 +142,8 @@ class EmbeddingForm(Form):
 class ConvForm(Form):
     """Conv1d, Conv2d, Conv3d with any stride, padding mode, dilation and groups; the kernel counts among the inputs."""
 
-    def weight(self, module: nn.Module) -> Tensor:
-        return self.raw(module).detach().flatten(1)
+    def seen(self, stored: Tensor) -> Tensor:
+        return stored.flatten(1)
 
     def apply(self, module: nn.Module, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
         own: Any = module

@@ -170,6 +170,16 @@ class Method:
         """Takes one batch of this site's inputs x [..., in] at the start; returns the new state (None at first)."""
         raise NotImplementedError
 
+    reads_gradients = False
+    """True (also as a property) if the start needs gradients of the base's own weights on data: `observe_gradient` and `settle`."""
+
+    batches_wanted = 8
+    """How many batches a loop of ours hands to a method that starts from data."""
+
+    def observe_gradient(self, state: Any, name: str, grad: Tensor, site: Site) -> Any:
+        """Takes one batch's gradient of the site's "weight" [out, in] (norms [d]) or "bias" [out]; returns the new state."""
+        raise NotImplementedError
+
     def settle(self, states: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, tuple[Method, Params] | None]:
         """From the states by site name: the method and first tensors of every site, or None to leave the site out."""
         raise NotImplementedError
@@ -430,6 +440,23 @@ class SelectionMethod(Method):
     def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
         W, b = self.fold(call.weight(), call.bias(), p, site)
         return call.apply(x, weight=W, bias=b)
+
+
+@dataclass(frozen=True)
+class StrategyMethod(Method):
+    """Nothing at any site: what happens around the training steps of the methods it is added to, as in `lora(r=8) + ist`.
+
+    Give `strategy`."""
+
+    kinds: ClassVar[tuple[str, ...]] = ()
+    sizes: ClassVar[tuple[str, ...]] = ()
+    default_targets: ClassVar[str] = ""
+
+    def select(self, sites: Sequence[Site]) -> list[Site]:
+        return []
+
+    def strategy(self) -> Strategy:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

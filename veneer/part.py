@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,10 @@ from veneer.site import Site
 
 LAYERS = ("linear", "conv", "embedding", "norm")
 """Kinds of sites that are layers with a weight of their own."""
+
+
+Respond: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""(output of the layer below, adapted output) → what stands for the adapted output: damps a change, or only looks at it."""
 
 
 class Tensors(nn.Module):
@@ -56,10 +60,12 @@ class Part:
         self.held, self.keys, self.shared, self.shared_keys = held, keys, shared, shared_keys
         self.notes: dict[str, Tensor] = {}
         """What the method left of the last forward pass for its strategy."""
+        self.respond: Respond | None = None
+        """What a strategy makes of the change here, for as long as it is set."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the notes: they belong to one pass, and tensors inside a graph cannot be copied."""
-        return {**self.__dict__, "notes": {}}
+        """Without the notes: they belong to one pass, and tensors inside a graph cannot be copied. Nor what a strategy set."""
+        return {**self.__dict__, "notes": {}, "respond": None}
 
     def tensors(self) -> Params:
         p = self.held.named(self.keys)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from veneer import registry
 from veneer.errors import BadValue, NoMatch, UnknownName, nearest
+from veneer.forms import form_of, is_quantised
 from veneer.method import Method, replaced
 from veneer.site import Site, matches, tokens_of
+
+Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
+"""(model, batch) → the task loss, a scalar."""
 
 
 def choose_sites(method: Method, sites: Sequence[Site], head: bool | str, allow_unmatched: bool) -> list[tuple[Method, list[Site]]]:
@@ -69,28 +74,30 @@ def special_at(part: Method, site: Site, overrides: Mapping[str, Mapping[str, An
 
 
 def calibrated(
-    model: nn.Module, part: Method, found: list[tuple[Method, Site]], batches: Iterable[Any] | None, index: int, starts: dict
+    model: nn.Module,
+    part: Method,
+    found: list[tuple[Method, Site]],
+    batches: Iterable[Any] | None,
+    index: int,
+    starts: dict,
+    loss: Loss | None = None,
 ) -> list[tuple[Method, Site]]:
-    """Shows the method its sites' inputs on the given batches and takes its plan."""
+    """Shows the method its sites' inputs (and its weights' gradients) on the given batches and takes its plan."""
     if batches is None:
         raise BadValue(f"{part.label} starts from data: pass batches=[…] of model inputs to attach.")
     states: dict[str, Any] = {}
-    hooks = []
-    for special, site in found:
-        module = model.get_submodule(site.module)
-
-        def seen(_module: nn.Module, args: tuple, kwargs: dict, special: Method = special, site: Site = site) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            states[site.name] = special.observe(states.get(site.name), x.detach(), site)
-
-        hooks.append(module.register_forward_pre_hook(seen, with_kwargs=True))
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                model(**batch) if isinstance(batch, Mapping) else model(*batch) if isinstance(batch, tuple) else model(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as undo:
+        if part.calibrates:
+            watch_inputs(model, found, states, undo)
+        if part.reads_gradients:
+            watch_gradients(model, found, states, undo)
+        for batch in batches:
+            if not part.reads_gradients:
+                with torch.no_grad():
+                    run(model, batch)
+            else:
+                with torch.enable_grad():
+                    loss_of(model, batch, loss, part).backward()
     plan = part.settle(states, [site for _, site in found])
     out = []
     for _, site in found:
@@ -99,5 +106,70 @@ def calibrated(
             starts[index, site.name] = settled[1]
             out.append((settled[0], site))
     if not out:
-        raise BadValue(f"{part.label}: the data gave no site any rank; pass more or more varied batches.")
+        raise BadValue(f"{part.label}: the data gave no site anything to train; pass more or more varied batches, or a larger budget.")
     return out
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """The model on one batch: a dict of arguments, a tuple of them, or the one argument."""
+    return model(**batch) if isinstance(batch, Mapping) else model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+def loss_of(model: nn.Module, batch: Any, loss: Loss | None, part: Method) -> Tensor:
+    """The task loss on one batch, by the caller's function or the model's own."""
+    if loss is not None:
+        return loss(model, batch)
+    value = getattr(run(model, batch), "loss", None)
+    if not isinstance(value, Tensor):
+        raise BadValue(f"{part.label} starts from gradients: give batches with labels, or loss=(model, batch) → loss, to attach.")
+    return value
+
+
+def watch_inputs(model: nn.Module, found: Sequence[tuple[Method, Site]], states: dict[str, Any], undo: ExitStack) -> None:
+    """Hands every site's inputs to its method, for as long as `undo` is open."""
+    for special, site in found:
+
+        def seen(_module: nn.Module, args: tuple, kwargs: dict, special: Method = special, site: Site = site) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            states[site.name] = special.observe(states.get(site.name), x.detach(), site)
+
+        undo.callback(model.get_submodule(site.module).register_forward_pre_hook(seen, with_kwargs=True).remove)
+
+
+def watch_gradients(model: nn.Module, found: Sequence[tuple[Method, Site]], states: dict[str, Any], undo: ExitStack) -> None:
+    """Hands every site's weight and bias gradients to its method, tensor by tensor as backward reaches them; none is kept.
+
+    A parameter that two layers share is read once, for the first of them."""
+    readers: dict[int, tuple[nn.Parameter, list[Callable[[Tensor], None]]]] = {}
+    owners: dict[int, str] = {}
+    for special, site in found:
+        module = model.get_submodule(site.module)
+        if is_quantised(module):
+            raise special.refuse(
+                "starts from gradients of the base, and its weight is stored quantised {at}; load the base in 16 or 32 bit", site
+            )
+        form = form_of(module, site.kind, site.parameter)
+        for name, held in (("weight", form.parameter), ("bias", form.bias_name)):
+            parameter = module._parameters.get(held)
+            if parameter is None or owners.setdefault(id(parameter), site.module) != site.module:
+                continue
+
+            def read(grad: Tensor, special: Method = special, site: Site = site, form: Any = form, name: str = name) -> None:
+                seen = form.seen(grad) if name == "weight" else grad
+                seen = seen if site.rows is None else seen[slice(*site.rows)]
+                states[site.name] = special.observe_gradient(states.get(site.name), name, seen, site)
+
+            readers.setdefault(id(parameter), (parameter, []))[1].append(read)
+    for p in model.parameters():
+        undo.callback(p.requires_grad_, p.requires_grad)
+        if p.is_floating_point():
+            p.requires_grad_(id(p) in readers)
+    for parameter, read_all in readers.values():
+
+        def arrived(p: Tensor, read_all: list[Callable[[Tensor], None]] = read_all) -> None:
+            grad, p.grad = p.grad, None
+            assert grad is not None
+            for one in read_all:
+                one(grad)
+
+        undo.callback(parameter.register_post_accumulate_grad_hook(arrived).remove)

@@ -20,7 +20,7 @@ from veneer.option import check
 if TYPE_CHECKING:
     from veneer.method import Method
 
-FAMILIES = ("weight", "activation", "prompt", "selection")
+FAMILIES = ("weight", "activation", "prompt", "selection", "strategy")
 """Kinds of methods, each a folder of veneer/methods."""
 
 GROUP = "veneer.methods"
@@ -32,6 +32,7 @@ _FAMILY_OF_BASE = {
     "ActivationMethod": "activation",
     "PromptMethod": "prompt",
     "SelectionMethod": "selection",
+    "StrategyMethod": "strategy",
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -16,6 +17,10 @@ class Strategy:
     The loop calls, once per optimiser step: backward → `before_step` → optimiser step → `after_step` → zero_grad.
     State that must survive an interruption goes into `state_dict`.
     """
+
+    probe: Callable[[], Tensor] | None = None
+    """The task loss on another training batch, where the loop offers one (`tuned.begin(steps, probe=…)`); set before `start`.
+    The strategy chooses mode and gradients: call it under `torch.no_grad()` where it wants no graph."""
 
     def start(self, tuned: Tuned, name: str, total_steps: int | None = None) -> None:
         """Called when training begins: the adapter's name and, where known, the number of optimiser steps."""

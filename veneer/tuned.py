@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,10 @@ class Tuned:
                 self._places.place(adapter, index, part, found, source)
             if not adapter.trained():
                 count = len(adapter.parts)
+                if not count and not any(p.default_targets for p, _, _ in planned):
+                    raise NoMatch(
+                        f"{adapter.method.label} trains nothing by itself: add it to a method, as in 'lora + {adapter.method.spec}'."
+                    )
                 raise NoMatch(f"{adapter.method.label}: the {count} sites chosen have nothing to train; choose other targets.")
         except BaseException:
             self._places.drop(adapter)
@@ -209,10 +213,16 @@ class Tuned:
 
     # -- training -------------------------------------------------------------------------------------------
 
-    def begin(self, total_steps: int | None = None) -> None:
-        """Starts the strategies of the active adapters; loops that know their length say so."""
+    def begin(self, total_steps: int | None = None, probe: Callable[[], Tensor] | None = None) -> None:
+        """Starts the strategies of the active adapters.
+
+        Args:
+            total_steps: how many optimiser steps there will be, where the loop knows.
+            probe: gives the task loss on another training batch; strategies that score by it ask for it now and then.
+        """
         for name in self.active:
             for strategy in self.adapters[name].strategies:
+                strategy.probe = probe
                 strategy.start(self, name, total_steps)
         self._started = True
 

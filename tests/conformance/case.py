@@ -160,7 +160,7 @@ def home(slug: str) -> str:
 def partners(case: Case) -> Iterator[Method]:
     """Methods of other families that attach to the case's model: the ones to stack it with."""
     for card in registry.methods():
-        if card.family == case.card.family or registry.load(card.slug).trains_heads:
+        if card.family in (case.card.family, "strategy") or registry.load(card.slug).trains_heads:
             continue
         try:
             yield fitted(card.slug, case.subject.name)

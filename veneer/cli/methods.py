@@ -16,7 +16,7 @@ MATRIX = Path(registry.__file__).with_name("matrix.json")
 
 
 def methods(
-    family: Annotated[str | None, Flag("Only this family: weight, activation, prompt or selection.")] = None,
+    family: Annotated[str | None, Flag("Only this family: weight, activation, prompt, selection or strategy.")] = None,
     matrix: Annotated[bool, Flag("Method × feature, as the conformance suite measured it.")] = False,
 ) -> Any:
     """List the methods."""

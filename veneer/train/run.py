@@ -153,9 +153,10 @@ class Run:
         recipe = self.recipe
         method = veneer.parse(recipe.method)
         batches = None
-        if any(part.calibrates for part in method.parts):
+        wanted = max((part.batches_wanted for part in method.parts if part.calibrates or part.reads_gradients), default=0)
+        if wanted:
             rows, size = self.task.splits.train.rows, recipe.batch_size
-            encoded = self.task.encode(rows[: 8 * size], processor)
+            encoded = self.task.encode(rows[: wanted * size], processor)
             collate = self.task.collator(processor)
             device = next(model.parameters()).device
             parts = ([encoded[k] for k in range(i, min(i + size, len(encoded)))] for i in range(0, len(encoded), size))

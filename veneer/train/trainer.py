@@ -8,6 +8,7 @@ The model given to the trainer must have adapters attached (`veneer.attach`).
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,10 +34,11 @@ class VeneerCallback(TrainerCallback):
     def __init__(self) -> None:
         self.resume: Any = None
         """State of the strategies to take up when training begins."""
+        self.probe: Callable[[], torch.Tensor] | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         tuned = veneer.of(model)
-        tuned.begin(state.max_steps)
+        tuned.begin(state.max_steps, self.probe)
         if self.resume is not None:
             tuned.load_strategy_state(self.resume)
             self.resume = None
@@ -69,6 +71,8 @@ class AdapterTrainerMixin:
         base: Any = self
         present = next((c for c in base.callback_handler.callbacks if isinstance(c, VeneerCallback)), None)
         self.strategies = present or VeneerCallback()
+        self.strategies.probe = self.probe
+        self._probed: Iterator[Any] = iter(())
         if present is None:
             base.add_callback(self.strategies)
 
@@ -76,6 +80,15 @@ class AdapterTrainerMixin:
     def tuned(self) -> Tuned:
         """The adapters of the model in training."""
         return veneer.of(self.accelerator.unwrap_model(self.model))
+
+    def probe(self) -> torch.Tensor:
+        """The task loss on a training batch of its own."""
+        batch = next(self._probed, None)
+        if batch is None:
+            self._probed = iter(self.get_train_dataloader())  # type: ignore[attr-defined]
+            batch = next(self._probed)
+        model = self.accelerator.unwrap_model(self.model)
+        return super().compute_loss(model, self._prepare_inputs(batch))  # type: ignore[misc, attr-defined]
 
     # -- loss and optimiser -------------------------------------------------------------------------------------
 
