@@ -17,7 +17,7 @@ RUN := VENEER_ASSETS="$(ASSETS)"
 TEST := $(RUN) OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(PY) -m pytest -n $(THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv install carriers demo test test-all bench study lint clean
+.PHONY: help venv install carriers demo test test-all bench selective study lint clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make test      install and run the fast suite"
 	@echo "make test-all  the fast suite and the slow tests on real models"
 	@echo "make bench     speed against the frozen floor and against peft"
+	@echo "make selective sparse and layer-choosing methods: time, memory, accuracy"
 	@echo "make study     weight methods at equal budgets on a real encoder (about an hour on two cores; interrupt and go on at will)"
 	@echo "make lint      ruff and mypy"
 	@echo "make venv | install | carriers | clean   single steps"
@@ -79,8 +80,16 @@ test-all: $(STAMPS)/test carriers
 	$(TEST) tests
 	$(RUN) OMP_NUM_THREADS=$(THREADS) $(PY) -m pytest -m slow tests
 
+# Rows that are in speed.json stay; BENCH=--again measures them anew.
 bench: $(STAMPS)/test $(STAMPS)/carriers
-	$(RUN) $(PY) benchmarks/speed.py --json benchmarks/speed.json
+	for shape in llama minilm vit-s smollm2; do for threads in 1 2; do $(RUN) $(PY) benchmarks/speed.py --shape $$shape --threads $$threads $(BENCH) || exit 1; done; done
+	for shape in llama minilm vit-s smollm2; do $(RUN) $(PY) benchmarks/speed.py --shape $$shape --dtype bfloat16 $(BENCH) || exit 1; done
+	$(PY) benchmarks/speed_page.py
+
+# Sparse, selective and layer-choosing methods: time, memory by what holds it, accuracy.
+selective: $(STAMPS)/test carriers
+	$(RUN) $(PY) benchmarks/selective.py
+	$(RUN) $(PY) benchmarks/light_peft.py
 
 study: $(STAMPS)/install $(STAMPS)/carriers $(SNIPPETS)
 	$(RUN) $(PY) benchmarks/weight_methods.py --workers $(THREADS) --write

@@ -1,11 +1,13 @@
-"""Step time, saved activations and file times of our methods and Hugging Face PEFT's, over the frozen floor.
+"""Step time, memory and file times of our methods and Hugging Face PEFT's, over the frozen floor.
 
-    python benchmarks/speed.py [--shape llama] [--dtype float32] [--rounds 8] [--threads 1] [--json benchmarks/speed.json]
+    python benchmarks/speed.py [--shape llama] [--dtype float32] [--threads 1] [--rounds 5] [--only lora dora] [--again]
+    python benchmarks/speed_page.py
 
 One process, the same model, the same targets and sizes. The floor is the frozen model's forward and its backward to
 the input embeddings, without any adapter. Rounds are interleaved: every round times the floor, ours and PEFT's in
-turn, and each ratio is taken within its round; the table gives medians. Saved activations are the bytes of the
-storages that autograd keeps in forward, each once, without parameters and buffers.
+turn, and each ratio is taken within its round; medians. Saved activations are the bytes of the storages that the graph
+keeps for backward, each once, without parameters and buffers; the peak is what a step's forward and backward allocate at
+most beside the model. Every finished row goes into speed.json at once; rows that are there are not measured again.
 """
 
 from __future__ import annotations
@@ -14,12 +16,13 @@ import argparse
 import copy
 import functools
 import json
+import os
 import platform
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +31,9 @@ import torch
 from torch import Tensor, nn
 
 import veneer
+from veneer.study.report import replace_text
 
+NUMBERS = Path(__file__).with_name("speed.json")
 ALL = "attn.q attn.k attn.v attn.o mlp.gate? mlp.up mlp.down"
 VOCABULARY = 1000
 
@@ -149,36 +154,54 @@ def pairs(shape: Shape) -> dict[str, tuple[str, Callable[[], Any] | None]]:
         f"bone(r=64, {at})", f"bone(r=32, structure='bat', {at})", f"bone(r=32, structure='bat', share='col', {at})",
         f"quantum-adapter({at})", f"nera(r=8, {at})", "ssf", "bottleneck-adapter(m=32)", "bitfit(create=True)",
     )  # fmt: skip
-    return table | {spec: (spec, None) for spec in own}
+    named_already = {spec.partition("(")[0] for spec, _ in table.values()} | {spec.partition("(")[0] for spec in own}
+    rest = [c.slug for c in veneer.methods() if c.slug not in named_already and c.family != "strategy"]
+    return table | {spec: (spec, None) for spec in (*own, *rest)}
 
 
-class Saved:
-    """Bytes that autograd keeps for backward inside the `with` block."""
+def saved_bytes(loss: Tensor, model: nn.Module) -> int:
+    """Bytes that the graph behind `loss` keeps for backward, each storage once, without parameters and buffers."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    seen: dict[int, int] = {}
+    done, todo = set(), [loss.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in done:
+            continue
+        done.add(node)
+        todo += [below for below, _ in node.next_functions]
+        for t in kept_by(node):
+            storage = t.untyped_storage() if t.layout == torch.strided else None
+            if storage is None:
+                seen[id(t)] = 16 * t._nnz()
+            elif storage.data_ptr() not in own:
+                seen[storage.data_ptr()] = storage.nbytes()
+    return sum(seen.values())
 
-    def __init__(self, model: nn.Module):
-        self.own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-        self.seen: dict[int, int] = {}
 
-    def pack(self, t: Tensor) -> Tensor:
-        if t.layout != torch.strided:
-            self.seen[id(t)] = 16 * t._nnz()
-            return t
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in self.own:
-            self.seen[storage.data_ptr()] = storage.nbytes()
-        return t
+def kept_by(node: Any) -> Iterator[Tensor]:
+    """The tensors one node of the graph keeps: PyTorch's own under `_saved_…`, those of Python functions in `saved_tensors`."""
+    values = [getattr(node, name) for name in dir(node) if name.startswith("_saved_")]
+    values += [getattr(node, "saved_tensors", ())]
+    for value in values:
+        yield from (t for t in (value if isinstance(value, tuple | list) else (value,)) if isinstance(t, Tensor))
 
-    def __enter__(self) -> Saved:
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, lambda t: t)
-        self.hooks.__enter__()
-        return self
 
-    def __exit__(self, *error: Any) -> None:
-        self.hooks.__exit__(*error)
-
-    @property
-    def bytes(self) -> int:
-        return sum(self.seen.values())
+def peak_bytes(step: Callable[[], Any]) -> int:
+    """The most that one step allocates at a time, beside what was there before it."""
+    if torch.cuda.is_available():
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        step()
+    results: Any = seen.profiler.kineto_results  # type: ignore[union-attr]
+    now = most = 0
+    for _, size in sorted((e.start_ns(), e.nbytes()) for e in results.events() if e.name() == "[memory]"):
+        now += size
+        most = max(most, now)
+    return most
 
 
 class Step:
@@ -186,6 +209,7 @@ class Step:
 
     def __init__(self, model: nn.Module, shape: Shape):
         self.model = model.train()
+        model.config.use_cache = False  # training has no use for keys and values of its own
         generator = torch.Generator().manual_seed(1)
         self.inputs: dict[str, Tensor]
         if shape.images:
@@ -205,10 +229,7 @@ class Step:
         return time.perf_counter() - start
 
     def saved(self) -> int:
-        with Saved(self.model) as saved:
-            loss = self.model(**self.inputs).loss
-        del loss
-        return saved.bytes
+        return saved_bytes(self.model(**self.inputs).loss, self.model)
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -252,25 +273,26 @@ def theirs(base: nn.Module, config: Any) -> tuple[nn.Module, dict[str, float]]:
     return tuned, facts
 
 
-def measure(base: nn.Module, shape: Shape, rounds: int, only: list[str]) -> list[dict[str, Any]]:
-    floor = Step(copy.deepcopy(base).requires_grad_(False), shape)
-    floor_bytes, rows, table = floor.saved(), [], pairs(shape)
+def measure(base: nn.Module, shape: Shape, rounds: int, only: list[str], done: dict[str, Any], keep: Callable[[], None]) -> None:
+    """Fills `done` with a row for every method that has none, and calls `keep` after each."""
+    floor, table = Step(copy.deepcopy(base).requires_grad_(False), shape), pairs(shape)
     ours(base, "lora(r=1)")  # libraries that are imported on first use do not count
     theirs(base, table["lora"][1])
+    floor()
+    ground = {"saved": floor.saved(), "peak": peak_bytes(floor)}
     for label, (spec, config) in table.items():
-        if only and label.partition("(")[0] not in only:
+        if label in done or (only and label.partition("(")[0] not in only):
             continue
         try:
-            rows.append(compared(base, shape, rounds, floor, floor_bytes, label, spec, config))
-        except veneer.VeneerError as refused:  # a block size that does not fit this shape
-            print(f"| {label} | {str(refused).splitlines()[0]} |" + " – |" * 8, flush=True)
-            continue
-        print(line(rows[-1]), flush=True)
-    return rows
+            done[label] = compared(base, shape, rounds, floor, ground, label, spec, config)
+        except veneer.VeneerError as refused:  # a block size that does not fit this shape, a method that needs data
+            done[label] = {"method": label, "refused": str(refused).splitlines()[0]}
+        keep()
+        print(line(done[label]), flush=True)
 
 
 def compared(
-    base: nn.Module, shape: Shape, rounds: int, floor: Step, floor_bytes: int, label: str, spec: str, config: Any
+    base: nn.Module, shape: Shape, rounds: int, floor: Step, ground: dict[str, int], label: str, spec: str, config: Any
 ) -> dict[str, Any]:
     """One method's row: ours, and PEFT's where it has one, each round beside the floor."""
     row: dict[str, Any] = {"method": label}
@@ -283,7 +305,8 @@ def compared(
     steps = {}
     for who, (model, facts) in made.items():
         steps[who] = Step(model, shape)
-        row[who] = {**facts, "saved": steps[who].saved() / floor_bytes}
+        steps[who]()
+        row[who] = {**facts, "saved": steps[who].saved() / ground["saved"], "peak": peak_bytes(steps[who]) / ground["peak"]}
     times: dict[str, list[float]] = {who: [] for who in steps}
     for one in (floor, *steps.values()):
         one()  # warm up
@@ -299,23 +322,27 @@ def compared(
 
 
 HEAD = (
-    "| method | trained | step × floor | saved × floor | attach / save / load / merge ms |"
-    " peft: trained | step × | saved × | attach / save / load / merge ms | ours / peft |\n|" + "---|" * 10
+    "| method | trained | step × floor | saved × | peak × | attach / save / load / merge ms |"
+    " peft: trained | step × | saved × | peak × | attach / save / load / merge ms | ours / peft |\n|" + "---|" * 12
 )
 
 
 def line(row: dict[str, Any]) -> str:
+    """One row of the table."""
+
     def cells(who: str) -> str:
         facts = row.get(who)
         if facts is None:
-            return "– | – | – | –"
+            return "– | – | – | – | –"
         times = " / ".join(f"{1000 * facts[k]:.0f}" if k in facts else "–" for k in ("attach", "save", "load", "merge"))
-        return f"{facts['trained']:,.0f} | {facts['step']:.2f} | {facts['saved']:.2f} | {times}"
+        return f"{facts['trained']:,.0f} | {facts['step']:.2f} | {facts['saved']:.2f} | {facts['peak']:.2f} | {times}"
 
-    ratio = f"{row['ratio']:.2f}" if "ratio" in row else "–"
     name = row["method"]
     for everywhere in (f", targets='{ALL}'", f"(targets='{ALL}')"):
         name = name.replace(everywhere, "")
+    if "refused" in row:
+        return f"| {name} | {row['refused']} |" + " |" * 10
+    ratio = f"{row['ratio']:.2f}" if "ratio" in row else "–"
     return f"| {name} | {cells('veneer')} | {cells('peft')} | {ratio} |"
 
 
@@ -323,23 +350,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="llama")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, default=NUMBERS)
     parser.add_argument("--only", nargs="*", default=[], help="methods to run; all unless given")
+    parser.add_argument("--again", action="store_true", help="measure rows anew that are there already")
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
     torch.set_num_threads(options.threads)
     import transformers
 
-    shape = SHAPES[options.shape]
-    print(f"torch {torch.__version__}, transformers {transformers.__version__}, {options.threads} thread(s), {platform.machine()}")
-    print(f"{options.shape}, batch {shape.batch}×{shape.length}, {options.dtype}, {options.rounds} interleaved rounds, medians\n")
-    print(HEAD, flush=True)
+    shape, key = SHAPES[options.shape], f"{options.shape}/{options.dtype}/{options.threads}"
     torch.manual_seed(0)
-    rows = measure(shape.build().to(getattr(torch, options.dtype)), shape, options.rounds, options.only)
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    base = shape.build().to(getattr(torch, options.dtype))
+    done = {} if options.again else stored(options.json).get(key, {}).get("rows", {})
+    about = {
+        "torch": torch.__version__, "transformers": transformers.__version__, "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "batch": [shape.batch, shape.length], "rounds": options.rounds,
+    }  # fmt: skip
+    print(f"{key}: {about}\n\n{HEAD}", flush=True)
+
+    def keep() -> None:
+        replace_text(options.json, json.dumps(stored(options.json) | {key: {**about, "rows": done}}, indent=1) + "\n")
+
+    measure(base, shape, options.rounds, options.only, done, keep)
+
+
+def stored(path: Path) -> dict[str, Any]:
+    """The tables measured so far, by shape/dtype/threads."""
+    found = json.loads(path.read_text("utf-8")) if path.exists() else {}
+    return found if isinstance(found, dict) else {}
 
 
 if __name__ == "__main__":

@@ -276,7 +276,7 @@ class Bench:
 
     def speed(self, cell: Cell) -> dict[str, float]:
         """Forward and backward to the input embeddings, over the frozen model's in the same rounds; and what they keep."""
-        from speed import Saved
+        from speed import saved_bytes
 
         middle = len(self.by_length["train"]) // 2
         batch = self.batch([self.parts["train"][i] for i in self.by_length["train"][middle : middle + self.settings.batch]])
@@ -291,13 +291,8 @@ class Bench:
             model(**batch).loss.backward()
             return time.perf_counter() - start
 
-        def saved(model: Any) -> int:
-            with Saved(model) as kept:
-                model(**batch).loss  # noqa: B018  (the forward is what is wanted)
-            return kept.bytes
-
         times = [[step(model) for model in models] for _ in range(self.settings.rounds + 1)][1:]
-        floor, own = (saved(model) for model in models)
+        floor, own = (saved_bytes(model(**batch).loss, model) for model in models)
         return {
             "step": statistics.median(b / a for a, b in times),
             "floor_seconds": statistics.median(a for a, _ in times),

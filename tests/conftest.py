@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -14,6 +15,12 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("VENEER_SEED", str(random.randrange(10_000)))
+
+if importlib.util.find_spec("triton"):
+    import torch
+
+    if not torch.cuda.is_available():  # before anything imports triton: its kernels then run interpreted
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 MATRIX = Path(__file__).parents[1] / "veneer" / "matrix.json"
 
@@ -38,6 +45,7 @@ def _global_seed(seed: int) -> Iterator[None]:
 
 
 _cells: dict[str, dict[str, bool | str]] = {}
+_pairs: dict[str, dict[str, bool | str]] = {}
 _features: list[str] = []
 
 
@@ -47,24 +55,39 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
             cell: Any = value
             slug, feature, held = cell
             _cells.setdefault(slug, {})[feature] = held if report.passed else False
+        elif name == "pair" and report.when == "call":
+            pair: Any = value
+            strategy, method, held = pair
+            _pairs.setdefault(strategy, {})[method] = held if report.passed else False
         elif name == "features" and not _features:
             _features.extend(value)  # type: ignore[arg-type]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if not session.config.getoption("--write-matrix") or hasattr(session.config, "workerinput") or not _cells:
+    if not session.config.getoption("--write-matrix") or hasattr(session.config, "workerinput") or not (_cells or _pairs):
         return
-    old = json.loads(MATRIX.read_text("utf-8"))["methods"] if MATRIX.exists() else {}
-    known = set(_known_methods())
-    rows = {slug: {**old.get(slug, {}), **_cells.get(slug, {})} for slug in sorted({*old, *_cells} & known)}
-    ordered = {slug: {f: row[f] for f in _features if f in row} for slug, row in rows.items()}
-    MATRIX.write_text(json.dumps({"features": _features, "methods": ordered}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    old: dict[str, Any] = json.loads(MATRIX.read_text("utf-8")) if MATRIX.exists() else {}
+    families, features = _known_methods(), _features or old.get("features", [])
+    methods = [slug for slug in families if families[slug] != "strategy"]
+    table = {
+        "features": features,
+        "methods": _merged(old.get("methods", {}), _cells, methods, features),
+        "strategies": _merged(old.get("strategies", {}), _pairs, [slug for slug in families if slug not in methods], methods),
+    }
+    MATRIX.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _known_methods() -> list[str]:
+def _merged(old: dict[str, Any], new: dict[str, Any], rows: list[str], columns: list[str]) -> dict[str, dict[str, bool | str]]:
+    """The cells of old runs and of this one, rows by name, columns in their order; what is no more falls out."""
+    found = {row: {**old.get(row, {}), **new.get(row, {})} for row in sorted({*old, *new} & set(rows))}
+    return {row: {column: cells[column] for column in columns if column in cells} for row, cells in found.items()}
+
+
+def _known_methods() -> dict[str, str]:
+    """Slug → family of every method there is."""
     import veneer
 
-    return [card.slug for card in veneer.methods()]
+    return {card.slug: card.family for card in veneer.methods()}
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -20,7 +20,7 @@ from veneer.site import Site
 from veneer.study.budget import budget_of, count, everywhere, nearest
 from veneer.study.budget import replace as site_with
 
-SLUGS = [card.slug for card in registry.methods()]
+SLUGS = [card.slug for card in registry.methods() if card.family != "strategy"]
 BUDGETS = (1500, 6000)
 
 
@@ -57,7 +57,9 @@ def test_the_count_is_what_attaching_trains(slug: str, subject: str) -> None:
         found: int | str = count(registry.method(slug), sites, base)
     except VeneerError as error:
         found = str(error)
-    if found == 0:
+    if registry.method(slug).reads_gradients:  # it trains what data say, up to a budget
+        assert "decided on data" in str(found) and "starts from data" in str(trained(slug, subject))
+    elif found == 0:
         assert "nothing to train" in str(trained(slug, subject))
     else:
         assert found == trained(slug, subject)

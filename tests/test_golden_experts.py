@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,7 +77,7 @@ class Training(DenseCall):
 
     def __init__(self, W: Tensor, b: Tensor | None = None) -> None:
         super().__init__(W, b, training=True)
-        self.notes = {}
+        self.caller = SimpleNamespace(notes={})  # type: ignore[assignment]
 
 
 # -- the kernel -------------------------------------------------------------------------------------------------
@@ -118,7 +119,7 @@ def test_mola(index: int) -> None:
     y = method.forward(call, case["x"], p, site())
     case.agree("y", y)
     torch.testing.assert_close(y, case["out.y_official"], rtol=1e-6, atol=1e-6)
-    logits = call.notes["router"].flatten(0, -2)
+    logits = call.caller.notes["router"].flatten(0, -2)
     case.agree("out.router_logits", logits)
     case.agree("out.gates", gates(logits, case.hyper["K"]))
     case.agree("loss", balance(logits, case.hyper["K"])[None])
@@ -180,14 +181,14 @@ def test_gradient_reaches_the_router_through_the_gates_only_where_there_is_a_cho
         y = method.forward(call, x, p, site())
         g = torch.autograd.grad(y.square().sum(), p["W_r"], retain_graph=True)[0]
         assert (float(g.abs().max()) > 1e-8) == moves
-        assert torch.autograd.grad(balance(call.notes["router"], K), p["W_r"])[0].abs().max() > 1e-8
+        assert torch.autograd.grad(balance(call.caller.notes["router"], K), p["W_r"])[0].abs().max() > 1e-8
 
 
 def test_the_router_reads_its_input_without_dropout() -> None:
     method, call, x = mola(dropout=0.5), Training(draw(12, 20)), draw(5, 20)
     p = begun(method, site(), stir=0.3)
     y = method.forward(call, x, p, site())
-    torch.testing.assert_close(call.notes["router"], x @ p["W_r"].T)
+    torch.testing.assert_close(call.caller.notes["router"], x @ p["W_r"].T)
     assert not torch.equal(y, method.forward(call, x, p, site()))
 
 

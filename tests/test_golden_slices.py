@@ -21,7 +21,7 @@ from torch.nn import functional as F
 import veneer
 import veneer.registry as registry
 from veneer import anatomy
-from veneer.errors import BadFile, BadValue, NoMatch
+from veneer.errors import BadFile, BadValue, NoMatch, Unsupported
 from veneer.kernels import columns
 from veneer.maths.units import drawn
 from veneer.method import Method
@@ -346,7 +346,57 @@ def test_scores_of_activations(slug: str, selection: str, smallest: bool) -> Non
         assert torch.equal(p["I"], (best[:, None] * width + torch.arange(width)).flatten())
 
 
+@pytest.mark.parametrize("smallest", [False, True])
+@pytest.mark.parametrize("slug", ["paca", "s2ft"])
+def test_scores_of_gradients(slug: str, smallest: bool, tmp_path: Path) -> None:
+    subject = SUBJECTS["llama"]
+    model, batches = subject.build(), [subject.batch(n) for n in range(2)]
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    weights = {n: p for n, p in model.named_parameters() if n.endswith("proj.weight")}
+    gradients = [dict(zip(weights, torch.autograd.grad(loss(model, batch), list(weights.values())))) for batch in batches]
+    spec = {"paca": "paca(r=5, targets='attn.o mlp.up'", "s2ft": "s2ft(v=0.5, o=0.5, u=0.25, d=0.25"}[slug]
+    tuned = veneer.attach(model, f"{spec}, selection=gradient, smallest={smallest})", head=False, batches=batches, loss=loss)
+    for at, _, p in tuned.entries():
+        rows = slug == "s2ft" and SIDES[at.role]
+        units = {"attn.v": 2, "attn.o": 4}.get(at.role, 32) if slug == "s2ft" else at.in_features
+        squares = torch.stack([sum(part.norm() ** 2 for part in parts) for parts in zip(
+            *(one[f"{at.module}.weight"].chunk(units, 0 if rows else 1) for one in gradients)
+        )])  # fmt: skip
+        width = (at.out_features if rows else at.in_features) // units
+        best = squares.sqrt().topk(len(p["I"]) // width, largest=not smallest).indices.sort().values
+        assert torch.equal(p["I"], (best[:, None] * width + torch.arange(width)).flatten())
+    held = {n: p for n, p in model.named_parameters() if n in before}
+    assert all(torch.equal(p, before[n]) and p.grad is None for n, p in held.items())
+    stir(tuned).save(tmp_path)
+    again = veneer.load(subject.build(), tmp_path)  # without data
+    assert slices(again) and all(torch.equal(I, slices(tuned)[n]) for n, I in slices(again).items())
+    assert torch.equal(subject.answers(again.model), subject.answers(model.eval()))
+
+
+@pytest.mark.parametrize(("spec", "role"), [("paca(r=2", ""), ("s2ft(d=0.25, o=0", "mlp.down"), ("s2ft(u=0.25, d=0, o=0", "mlp.up")])
+def test_planted_gradients_are_found(spec: str, role: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    G, wanted = 0.1 * torch.rand(8, 8), sorted(torch.randperm(8)[:2].tolist())
+    if role == "mlp.up":
+        G[wanted] += 1
+    else:
+        G[:, wanted] += 1
+
+    def planted(model: Any, batch: Tensor) -> Tensor:
+        return (model[0].weight * G).sum() + 0 * model(batch).sum()
+
+    targets = role or "0"
+    roles = {"0": role} if role else None
+    tuned = veneer.attach(
+        model, f"{spec}, selection=gradient, targets='{targets}')", head=False, roles=roles, batches=[torch.randn(2, 8)], loss=planted
+    )
+    ((_, _, p),) = tuned.entries()
+    assert p["I"].tolist() == wanted
+
+
 def test_scores_from_data_need_what_they_score() -> None:
+    with pytest.raises(BadValue, match=r"starts from gradients: give batches with labels, or loss="):
+        veneer.attach(nn.Sequential(nn.Linear(8, 8)), "paca(r=2, selection='gradient', targets='0')", batches=[torch.randn(2, 8)])
     with pytest.raises(BadValue, match=r"starts from data: pass batches"):
         veneer.attach(SUBJECTS["llama"].build(), "paca(selection='activation')", head=False)
     with pytest.raises(BadValue, match=r"S2FT: selection='activation' saw nothing of what flows through the units at .*; choose 'weight'"):
@@ -554,6 +604,33 @@ def test_paca_over_four_bits_begins_at_the_columns_that_are_there() -> None:
     torch.testing.assert_close(model(x), F.linear(x, W, layer.bias), rtol=1e-4, atol=1e-4)
 
 
+def test_columns_trained_over_four_bits_are_written_into_the_full_weight_and_taken_out_again(tmp_path: Path) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    plain = nn.Linear(64, 32)
+    packed = bnb.nn.Linear4bit(64, 32, True, compute_dtype=torch.float32, quant_type="nf4")
+    packed.weight = bnb.nn.Params4bit(plain.weight.data.clone(), requires_grad=False, quant_type="nf4")
+    packed.bias = plain.bias
+    model = nn.Sequential(packed.to("cpu")).train()
+    tuned = stir(veneer.attach(model, "paca(r=5, alpha=10, targets='0')", head=False))
+    x = torch.randn(6, 64)
+    with pytest.raises(Unsupported, match="16 or 32 bit"):
+        tuned.merge()
+    tuned.save(tmp_path)
+    unpacked = nn.Linear(64, 32)
+    unpacked.weight.data = bnb.functional.dequantize_4bit(packed.weight.data, packed.weight.quant_state).float()
+    unpacked.bias = plain.bias
+    W = unpacked.weight.detach().clone()
+    again = veneer.load(nn.Sequential(unpacked), tmp_path)
+    ((_, _, p),) = again.entries()
+    merged: Any = again.merge().model
+    torch.testing.assert_close(merged[0].weight[:, p["I"]], 2 * p["P"].detach(), rtol=1e-6, atol=1e-6)
+    rest = [i for i in range(64) if i not in p["I"].tolist()]
+    assert torch.equal(merged[0].weight[:, rest], W[:, rest])
+    torch.testing.assert_close(merged(x), model(x), rtol=1e-4, atol=1e-4)
+    again.unmerge()
+    assert torch.equal(merged[0].weight, W) and merged[0].weight is unpacked.weight
+
+
 # -- several adapters -------------------------------------------------------------------------------------------
 
 FULL = "s2ft(v=0.5, o=0.25, u=0.1, d=0.1, seed={})"
@@ -721,7 +798,15 @@ def test_refuses_layers_that_are_not_linear(slug: str, targets: str) -> None:
         veneer.attach(SUBJECTS["bert"].build(), registry.method(slug, targets=targets), head=False)
 
 
-@pytest.mark.parametrize("spec", ["paca(r=3, alpha=5, targets='expert.*')", "s2ft(u=0.2, d=0.2, targets='expert.*')"])
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "paca(r=3, alpha=5, targets='expert.*')",
+        "s2ft(u=0.2, d=0.2, targets='expert.*')",
+        "paca(r=3, targets='expert.*', selection=gradient)",
+        "s2ft(u=0.2, d=0.2, targets='expert.*', selection=gradient)",
+    ],
+)
 def test_stacked_experts_have_a_slice_each(spec: str) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -737,7 +822,7 @@ def test_stacked_experts_have_a_slice_each(spec: str) -> None:
     model, ids = tiny.spread(MixtralForCausalLM(config)).eval(), torch.randint(48, (2, 5))
     with torch.no_grad():
         plain = model(ids).logits
-        tuned = veneer.attach(model, spec, head=False)
+        tuned = veneer.attach(model, spec, head=False, batches=[{"input_ids": ids, "labels": ids}])
         assert torch.equal(model(ids).logits, plain)
         before = {n: p.detach().clone() for n, p in model.named_parameters() if "veneer" not in n}
         adapted = stir(tuned).model(ids).logits

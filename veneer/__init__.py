@@ -22,8 +22,11 @@ _HOME = {
     "parse": "spec",
     "attach": "adapt",
     "of": "adapt",
+    "fill": "filling",
+    "pack": "filling",
     "Tuned": "tuned",
     "load": "store",
+    "slim": "pruned.slim",
     "Method": "method",
     "WeightMethod": "method",
     "AdditiveMethod": "method",
@@ -42,6 +45,7 @@ _HOME = {
 if TYPE_CHECKING:
     from veneer.adapt import attach, of
     from veneer.errors import VeneerError
+    from veneer.filling import fill, pack
     from veneer.method import (
         ActivationMethod,
         AdditiveMethod,
@@ -54,6 +58,7 @@ if TYPE_CHECKING:
         Stack,
         WeightMethod,
     )
+    from veneer.pruned.slim import slim
     from veneer.registry import method, methods, register
     from veneer.site import Site
     from veneer.spec import parse
@@ -63,7 +68,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ActivationMethod", "AdditiveMethod", "InputMethod", "LowRankMethod", "Method", "OutputMethod", "PromptMethod", "SelectionMethod",
-    "Site", "Stack", "Strategy", "Tuned", "VeneerError", "WeightMethod", "attach", "load", "method", "methods", "of", "parse", "register",
+    "Site", "Stack", "Strategy", "Tuned", "VeneerError", "WeightMethod", "attach", "fill", "load", "method", "methods", "of", "pack",
+    "parse", "register", "slim",
 ]  # fmt: skip
 
 

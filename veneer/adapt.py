@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Generator, Tensor, nn
 
 from veneer import anatomy
@@ -66,7 +67,8 @@ def attach(
             special.check(site)
     adapter = Adapter(name, method, [], {k: dict(v) for k, v in (overrides or {}).items()})
     generator = Generator().manual_seed(seed)
-    return tuned.add(adapter, [(part, found, Fresh(generator, i, starts)) for i, (part, found) in enumerate(planned)])
+    with torch.device("cpu"):  # whatever the caller's default is: the seed's numbers are the CPU's
+        return tuned.add(adapter, [(part, found, Fresh(generator, i, starts)) for i, (part, found) in enumerate(planned)])
 
 
 def of(model: nn.Module) -> Tuned:

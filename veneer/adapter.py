@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -11,6 +11,9 @@ from veneer.method import Method
 from veneer.part import Part
 from veneer.site import Site
 from veneer.strategy import Strategy
+
+if TYPE_CHECKING:
+    from veneer.waiting import Waiting
 
 
 @dataclass
@@ -24,6 +27,8 @@ class Adapter:
     strategies: list[Strategy] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     """Training facts that are saved with it."""
+    waiting: list[Waiting] = field(default_factory=list)
+    """Tensors that get their values when the base gets its weights."""
 
     @property
     def sites(self) -> list[Site]:

@@ -11,7 +11,10 @@ from torch.nn import functional as F
 
 from veneer.errors import Unsupported
 from veneer.forms import Form, LinearForm
+from veneer.kernels.eager import eager
+from veneer.kernels.low_rank import add_outer, linear_onto, low_rank_linear, outer_linear
 from veneer.kernels.rebuilt import rebuilt_linear
+from veneer.kernels.scaled import scaled_outer
 from veneer.method import KEEP, Call, Params
 from veneer.part import Part, compute_dtype
 
@@ -21,7 +24,12 @@ if TYPE_CHECKING:
 
 def rebuilds(x: Tensor) -> bool:
     """Whether a built weight is worth building twice: torch.compile decides that itself, autocast needs the plain operation."""
-    return x.is_floating_point() and not torch.compiler.is_compiling() and not torch.is_autocast_enabled(x.device.type)
+    return x.is_floating_point() and eager(x)
+
+
+def gained(y: Tensor, gain: Tensor, b: Tensor | None) -> Tensor:
+    """A layer's output y [..., out] with everything but its bias multiplied."""
+    return gain * y if b is None else gain * y + b * (1 - gain)
 
 
 class Frozen(Call):
@@ -52,12 +60,45 @@ class Frozen(Call):
         W = self.form.weight(self.module) if weight is KEEP else weight
         return self.form.apply(self.module, x, W, own if bias is KEEP else bias)
 
-    def add_low_rank(self, x: Tensor, L: Tensor, R: Tensor, inner: Tensor | None = None) -> Tensor:
-        if inner is None and not self.options and not self.rest and self.slot.plain:
-            y = self.form.fused_low_rank(self.module, x, L, R)
+    @property
+    def bare(self) -> bool:
+        """Whether calling it is x Wᵀ + b and nothing else."""
+        return not self.options and not self.rest and self.slot.plain
+
+    def add_low_rank(self, x: Tensor, L: Tensor, R: Tensor, inner: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
+        W = self.form.as_it_is(self.module, x) if self.bare else None
+        if gain is not None:
+            if W is None or inner is not None:
+                return gained(self.add_low_rank(x, L, R, inner), gain, self.bias())
+            return scaled_outer(x, W, self.form.bias(self.module), gain, self.inner(x, R), L)
+        if inner is None and W is None and self.bare:
+            y = self.form.packed_low_rank(self.module, x, L, R)
             if y is not None:
                 return y
-        return self.form.low_rank(self.module, self(x), x if inner is None else inner, L, R)
+        t = None if inner is not None else self.read_ahead(x, R)
+        if t is not None:
+            return add_outer(self(x), t, L) if W is None else outer_linear(x, W, self.form.bias(self.module), t, L)
+        if W is None or inner is not None:
+            return self.form.low_rank(self.module, self(x), x if inner is None else inner, L, R)
+        return low_rank_linear(x, W, self.form.bias(self.module), L, R)
+
+    def matrix(self, x: Tensor) -> Tensor | None:
+        return self.form.as_it_is(self.module, x) if self.bare and eager(x) else None
+
+    def inner(self, x: Tensor, R: Tensor) -> Tensor:
+        t = self.read_ahead(x, R)
+        return super().inner(x, R) if t is None else t
+
+    def read_ahead(self, x: Tensor, R: Tensor) -> Tensor | None:
+        """R xᵀ, taken with those of the layers that will read the same x after this one; None where there are none."""
+        route = self.slot.route
+        if self.caller is None or not self.caller.readers or route.rows is not None or not eager(x):
+            return None
+        return route.reading.inner(self.caller, x, R)
+
+    def plus(self, x: Tensor, change: Tensor) -> Tensor:
+        W = self.matrix(x) if change.dtype == x.dtype else None
+        return self(x) + change if W is None else linear_onto(change, x, W, self.form.bias(self.module))
 
     def rebuild(self, x: Tensor, build: Callable[[Tensor, Params], Tensor], p: Params) -> Tensor:
         if not isinstance(self.form, LinearForm) or not rebuilds(x):
@@ -92,7 +133,9 @@ class Rows(Call):
         b = self.bias() if bias is KEEP else bias
         return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
 
-    def add_low_rank(self, x: Tensor, L: Tensor, R: Tensor, inner: Tensor | None = None) -> Tensor:
+    def add_low_rank(self, x: Tensor, L: Tensor, R: Tensor, inner: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
+        if gain is not None:
+            return gained(self.add_low_rank(x, L, R, inner), gain, self.bias())
         return self.whole.form.low_rank(self.whole.module, self(x), x if inner is None else inner, L, R)
 
     def rebuild(self, x: Tensor, build: Callable[[Tensor, Params], Tensor], p: Params) -> Tensor:
@@ -110,7 +153,7 @@ class Link(Call):
         self.training = below.training
 
     def __call__(self, x: Tensor) -> Tensor:
-        self.below.notes = self.part.notes
+        self.below.caller = self.part
         y = self.part.method.forward(self.below, x, self.part.tensors(), self.part.site)
         if self.part.respond is not None:
             y = self.part.respond(self.below(x), y)
@@ -132,7 +175,9 @@ class Link(Call):
         W, b = self._folded() if weight is KEEP or bias is KEEP else (None, None)
         return self.below.apply(x, W if weight is KEEP else weight, b if bias is KEEP else bias)
 
-    def add_low_rank(self, x: Tensor, L: Tensor, R: Tensor, inner: Tensor | None = None) -> Tensor:
+    def add_low_rank(self, x: Tensor, L: Tensor, R: Tensor, inner: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
+        if gain is not None:
+            return gained(self.add_low_rank(x, L, R, inner), gain, self.bias())
         return self.form.low_rank(self.module, self(x), x if inner is None else inner, L, R)
 
 

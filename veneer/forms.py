@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from veneer.errors import Unsupported
-from veneer.kernels.low_rank import add_low_rank, low_rank_linear
+from veneer.kernels.low_rank import add_low_rank
 
 
 class Form:
@@ -44,8 +44,12 @@ class Form:
         """y plus the low-rank term."""
         raise Unsupported(f"{type(module).__name__} has no low-rank form.")
 
-    def fused_low_rank(self, module: nn.Module, x: Tensor, L: Tensor, R: Tensor) -> Tensor | None:
-        """Layer and low-rank term in one function, or None where there is none."""
+    def as_it_is(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """The weight [out, in] of a linear layer, where it multiplies x without a cast; None where it does not."""
+        return None
+
+    def packed_low_rank(self, module: nn.Module, x: Tensor, L: Tensor, R: Tensor) -> Tensor | None:
+        """A layer with a packed weight plus (x Rᵀ) Lᵀ in one kernel, or None where there is none."""
         return None
 
     def store(self, W: Tensor, like: Tensor) -> Tensor:
@@ -61,15 +65,11 @@ class LinearForm(Form):
         return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
 
     def low_rank(self, module: nn.Module, y: Tensor, x: Tensor, L: Tensor, R: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            return y + F.linear(F.linear(x, R), L)
         return add_low_rank(y, x, L, R)
 
-    def fused_low_rank(self, module: nn.Module, x: Tensor, L: Tensor, R: Tensor) -> Tensor | None:
+    def as_it_is(self, module: nn.Module, x: Tensor) -> Tensor | None:
         W = module._parameters["weight"]
-        if W is None or W.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
-            return None
-        return low_rank_linear(x, W.detach(), self.bias(module), L, R)
+        return None if W is None or W.dtype != x.dtype or torch.is_autocast_enabled(x.device.type) else self.seen(W.detach())
 
 
 class TransposedForm(LinearForm):
@@ -77,12 +77,6 @@ class TransposedForm(LinearForm):
 
     def seen(self, stored: Tensor) -> Tensor:
         return stored.t()
-
-    def fused_low_rank(self, module: nn.Module, x: Tensor, L: Tensor, R: Tensor) -> Tensor | None:
-        W = module._parameters["weight"]
-        if W is None or W.dtype != x.dtype or torch.is_autocast_enabled(x.device.type):
-            return None
-        return low_rank_linear(x, W.detach().t(), self.bias(module), L, R)
 
     def store(self, W: Tensor, like: Tensor) -> Tensor:
         return W.t().to(like.dtype).contiguous()
@@ -99,10 +93,13 @@ class QuantisedForm(LinearForm):
     def weight(self, module: nn.Module) -> Tensor:
         W = self.raw(module)
         kind = type(module).__name__ + type(W).__name__
+        if W.is_meta:
+            return torch.empty(module.out_features, module.in_features, device="meta")  # type: ignore[call-overload]
         if "4bit" in kind:
             import bitsandbytes.functional as bnb
 
-            return bnb.dequantize_4bit(W.data, W.quant_state).to(W.quant_state.dtype)  # type: ignore[attr-defined]
+            packing: Any = getattr(W, "quant_state", None) or module.quant_state  # sharding leaves it with the layer
+            return bnb.dequantize_4bit(W.data, packing).to(packing.dtype)
         if "Int8Params" in kind or "8bit" in kind:
             state = getattr(module, "state", None)
             packed = W.CB if getattr(W, "CB", None) is not None else state.CB if state is not None and state.CB is not None else W.data  # type: ignore
@@ -110,9 +107,17 @@ class QuantisedForm(LinearForm):
             if packed.dtype != torch.int8:
                 return packed
             return packed.float() * (scale.float() / 127.0).unsqueeze(1)
-        return W.dequantize()
+        return W.get_original_weight() if hasattr(W, "get_original_weight") else W.dequantize()  # the first: torchao's NF4
 
-    def fused_low_rank(self, module: nn.Module, x: Tensor, L: Tensor, R: Tensor) -> Tensor | None:
+    def packed_low_rank(self, module: nn.Module, x: Tensor, L: Tensor, R: Tensor) -> Tensor | None:
+        W: Any = self.raw(module)
+        if not x.is_cuda or type(W).__name__ != "Params4bit" or getattr(module, "compute_dtype", None) not in (None, x.dtype):
+            return None
+        from veneer.kernels.nf4_low_rank import nf4_low_rank, packed
+
+        return nf4_low_rank(x, packed(W), self.bias(module), L, R)
+
+    def as_it_is(self, module: nn.Module, x: Tensor) -> Tensor | None:
         return None
 
 
@@ -168,7 +173,9 @@ class NormForm(Form):
         if isinstance(module, nn.LayerNorm):
             W, b = W.to(x.dtype), None if b is None else b.to(x.dtype)
             return F.layer_norm(x, own.normalized_shape, W, b, own.eps)
-        with module.veneer.substituted({"weight": W.to(own._parameters["weight"].dtype), "bias": b}):  # type: ignore[union-attr, operator]
+        dtype = own._parameters["weight"].dtype
+        values = {"weight": W.to(dtype), "bias": None if b is None else b.to(dtype)}
+        with module.veneer.substituted(values):  # type: ignore[union-attr, operator]
             return module.veneer.frozen(module, x)  # type: ignore[union-attr, operator]
 
 

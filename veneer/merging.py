@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,14 +22,17 @@ class Merging:
     def __init__(self, model: nn.Module):
         self.model = model
         self.originals: dict[tuple[str, str], nn.Parameter | None] = {}
+        self.for_good = False
         self.untied: list[Any] = []
 
     def __bool__(self) -> bool:
-        return bool(self.originals)
+        return bool(self.originals) or self.for_good
 
-    def write(self, active: Active) -> None:
-        """Merges the active adapters, all of their weights or none."""
+    def write(self, active: Active, keep: bool = True) -> None:
+        """Merges the active adapters, all of their weights or none; without `keep` each original goes as its merged one comes."""
         slots = self._mergeable(active)
+        if not keep:
+            return self._write_for_good(slots, active)
         done: dict[tuple[str, str], nn.Parameter | None] = {}
         try:
             with torch.no_grad():
@@ -39,6 +43,17 @@ class Merging:
             raise
         self.originals = done
         self._untie(done)
+
+    def _write_for_good(self, slots: Sequence[tuple[str, nn.Module, Slot]], active: Active) -> None:
+        uses = Counter(id(p) for module in self.model.modules() for p in module._parameters.values())
+        tied: dict[tuple[str, str], nn.Parameter | None] = {}
+        self.for_good = True
+        with torch.no_grad():
+            for path, module, slot in slots:
+                done: dict[tuple[str, str], nn.Parameter | None] = {}
+                self._write(path, module, slot, active, done)
+                tied.update({place: p for place, p in done.items() if p is not None and uses[id(p)] > 1})
+        self._untie(tied)
 
     def _mergeable(self, active: Active) -> list[tuple[str, nn.Module, Slot]]:
         found = []
@@ -54,8 +69,14 @@ class Merging:
                 form = slot.forms[part.site.parameter]
                 if form.writable:
                     raise Unsupported(f"merge: {part.site.name} cannot take a merge: {form.writable}")
-                if module._parameters[part.site.parameter].device.type == "meta":  # type: ignore[union-attr]
+                held: Any = module._parameters[part.site.parameter]
+                if held.device.type == "meta":
                     raise Unsupported(f"merge: the weight of {part.site.name} is offloaded; load the model without offloading to merge.")
+                if hasattr(held, "full_tensor"):
+                    raise Unsupported(
+                        f"merge: the weight of {part.site.name} is sharded over processes; save the adapter and merge it into a base "
+                        "that is not (on the CPU, say)."
+                    )
             if parts:
                 found.append((path, module, slot))
         if not found:
@@ -110,4 +131,4 @@ class Merging:
 
     def forget(self) -> None:
         """Leaves what is merged as it is."""
-        self.originals, self.untied = {}, []
+        self.originals, self.untied, self.for_good = {}, [], False

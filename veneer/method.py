@@ -12,11 +12,15 @@ from torch import Generator, Tensor
 
 from veneer.callable import make_callable
 from veneer.errors import BadValue, Unsupported
+from veneer.kernels.dispatch import fused
+from veneer.kernels.eager import eager
+from veneer.kernels.low_rank import inner_products
 from veneer.kernels.recomputed import recomputed
 from veneer.option import check
 from veneer.site import Site, choose
 
 if TYPE_CHECKING:
+    from veneer.part import Part
     from veneer.strategy import Strategy
 
 Params: TypeAlias = dict[str, Tensor]
@@ -38,7 +42,7 @@ class Call:
     """
 
     training: bool
-    notes: dict[str, Tensor] | None = None
+    caller: Part | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's output for the input x [..., in] → [..., out]."""
@@ -56,11 +60,26 @@ class Call:
         """The layer's operation with another weight [out, in] or bias [out] in place of its own."""
         raise NotImplementedError
 
-    def add_low_rank(self, x: Tensor, L: Tensor, R: Tensor, inner: Tensor | None = None) -> Tensor:
+    def add_low_rank(self, x: Tensor, L: Tensor, R: Tensor, inner: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
         """call(x) + (inner Rᵀ) Lᵀ without forming L R; L [out, r], R [r, in]; inner is x unless given (dropout).
 
+        With a gain [out] (linear layers only) everything but the bias is multiplied by it.
         A factor that needs no gradient costs nothing to keep: x is saved only for R's, inner Rᵀ only for L's."""
         raise NotImplementedError
+
+    def matrix(self, x: Tensor) -> Tensor | None:
+        """The frozen weight [out, in], where calling it is x Wᵀ + b with it as it stands: for fused functions. Else None."""
+        return None
+
+    def inner(self, x: Tensor, R: Tensor) -> Tensor:
+        """R xᵀ [r, N] of a linear layer, N rows of x; taken together with the layers that read the same x, where there are any."""
+        if eager(x):
+            return inner_products(x, [R])[0]
+        return torch.nn.functional.linear(x, R.to(x.dtype)).reshape(-1, len(R)).t()
+
+    def plus(self, x: Tensor, change: Tensor) -> Tensor:
+        """call(x) + change."""
+        return self(x) + change
 
     def rebuild(self, x: Tensor, build: Callable[[Tensor, Params], Tensor], p: Params) -> Tensor:
         """The layer's operation with the weight build(W, p) [out, in], which backward builds again instead of keeping it.
@@ -70,8 +89,8 @@ class Call:
 
     def note(self, key: str, value: Tensor) -> None:
         """Leaves a tensor of this forward pass for the method's strategy (`Tuned.notes`); the next pass replaces it."""
-        if self.notes is not None and self.training:
-            self.notes[key] = value
+        if self.caller is not None and self.training:
+            self.caller.notes[key] = value
 
 
 @dataclass(frozen=True)
@@ -135,6 +154,11 @@ class Method:
         chosen = choose(sites, self.targets or self.default_targets, kinds=self.kinds, who=self.label, allow_unmatched=self.targets is None)
         return [s for s in chosen if s.depth is None or s.depth not in self.leave_out]
 
+    def views(self, sites: Sequence[Site]) -> list[Site]:
+        """Sites the method makes of the model's own, under names of their own (a branch that begins elsewhere): `select` may
+        give them, and files name them."""
+        return []
+
     def tie(self, site: Site) -> str | None:
         """Name of the group of sites that share this site's `init_shared` tensors; one group ("all") by default."""
         return "all"
@@ -159,6 +183,9 @@ class Method:
 
     trains_heads: ClassVar[bool] = False
     """True for the one method that trains a model's own task head beside any other method."""
+
+    last_counts: ClassVar[bool] = False
+    """True if a run keeps the state of its last step, not of the best one measured on the way."""
 
     default_lr: ClassVar[float] = 1e-3
     """Learning rate for AdamW when the user gives none."""
@@ -303,7 +330,7 @@ class AdditiveMethod(WeightMethod):
         drops = bool(self.dropout) and call.training and x.is_floating_point()
         if site.kind == "linear" and type(self).delta is not AdditiveMethod.delta:
             inner = torch.nn.functional.dropout(x, self.dropout) if drops else x
-            return call(x) + self.again(lambda x, p: self.delta(x, p, site), inner, p)
+            return call.plus(x, self.again(lambda x, p: self.delta(x, p, site), inner, p))
         if drops:
             return call(x) + call.apply(torch.nn.functional.dropout(x, self.dropout), weight=self.change(p, site), bias=None)
         return super().forward(call, x, p, site)
@@ -367,6 +394,8 @@ class OutputMethod(WeightMethod):
     """W_eff = Qᵀ W: the layer's output without its bias, h, becomes h Q. Give `turn`; the bias is turned too if `turns_bias`."""
 
     turns_bias: ClassVar[bool] = False
+    widens: ClassVar[bool] = False
+    """True if `turn` computes in the tensors' dtype by itself where a fused kernel runs: h then comes in its own."""
 
     def turn(self, h: Tensor, p: Params, site: Site) -> Tensor:
         """h Q, linear in h, [..., out] → [..., out]; h comes in the tensors' dtype."""
@@ -381,7 +410,7 @@ class OutputMethod(WeightMethod):
     def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
         b = None if self.turns_bias else call.bias()
         h = call(x) if b is None else call.apply(x, bias=None)
-        h = h.to(torch.promote_types(h.dtype, next(iter(p.values())).dtype))  # a turn by a small angle must not round to none
+        h = widened(h, p, self.widens)  # a turn by a small angle must not round to none
         if site.kind == "conv":  # channels are axis 1 there
             y = self.again(lambda h, p: self.turn(h, p, site), h.movedim(1, -1), p).movedim(-1, 1)
             return y if b is None else y + b.reshape(-1, *(1,) * len(site.kernel))
@@ -394,6 +423,8 @@ class ActivationMethod(Method):
     """h → h′ on a layer's output (channels last). Give `activation`, and `fold` where the layer before it can absorb it."""
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "norm", "embedding")
+    widens: ClassVar[bool] = False
+    """True if `activation` computes in the tensors' dtype by itself where a fused kernel runs: h then comes in its own."""
 
     def activation(self, h: Tensor, p: Params, site: Site) -> Tensor:
         """The changed output, [..., out] → [..., out]; h comes in the tensors' dtype."""
@@ -401,7 +432,7 @@ class ActivationMethod(Method):
 
     def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
         h = call(x)
-        h = h.to(torch.promote_types(h.dtype, next(iter(p.values())).dtype))  # 1 + a small step must not round to 1
+        h = widened(h, p, self.widens)  # 1 + a small step must not round to 1
         if site.kind == "conv":  # channels are axis 1 there
             return self.activation(h.movedim(1, -1), p, site).movedim(-1, 1)
         return self.activation(h, p, site)
@@ -423,6 +454,20 @@ class PromptMethod(Method):
     def keys_values(self, p: Params, site: Site) -> tuple[Tensor, Tensor]:
         """For one attention module: keys and values, each [P, kv_heads · head_dim], as they enter the product."""
         raise NotImplementedError
+
+    def gate(self, x: Tensor, p: Params, site: Site) -> Tensor:
+        """For one attention module: a factor on its keys and values for every row, [B, 1, 1], from what it reads, x [B, T, D]."""
+        raise NotImplementedError
+
+    @property
+    def gates(self) -> bool:
+        return type(self).gate is not PromptMethod.gate
+
+    def text_shift(self, p: Params, site: Site, length: int) -> Tensor | None:
+        """For the model: what is added to the embeddings of the text's own tokens, [length, D] from its first token on; None: nothing.
+
+        Tokens that are generated later, with a key-value cache, get nothing."""
+        return None
 
     after_first = cast("bool | None", None)
     """Input prompts: insert after the first token instead of before it; None: after it in encoders (whose
@@ -476,6 +521,11 @@ class Stack(Method):
     @property
     def label(self) -> str:
         return " + ".join(m.label for m in self.methods)
+
+
+def widened(h: Tensor, p: Params, widens: bool) -> Tensor:
+    """h in the dtype of a method's tensors, if that is wider; as it is for a method that widens it in a fused kernel."""
+    return h if widens and fused(h) else h.to(torch.promote_types(h.dtype, next(iter(p.values())).dtype))
 
 
 def replaced(method: Method, changes: Mapping[str, Any]) -> Method:

@@ -60,6 +60,8 @@ class Part:
         self.held, self.keys, self.shared, self.shared_keys = held, keys, shared, shared_keys
         self.notes: dict[str, Tensor] = {}
         """What the method left of the last forward pass for its strategy."""
+        self.readers: list[Part] = []
+        """Parts that read the same input as this one, itself among them; none if it is alone."""
         self.respond: Respond | None = None
         """What a strategy makes of the change here, for as long as it is set."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,16 +14,23 @@ from veneer.errors import Unsupported
 from veneer.forms import read_from_outside
 from veneer.layer import adapt, restore, slot_of
 from veneer.method import Method
-from veneer.part import Part
+from veneer.part import Part, Tensors
+from veneer.reading import introduce
 from veneer.route import Route
 from veneer.site import Site
 from veneer.slot import Slot
 from veneer.source import Source, cast_like, like_of
+from veneer.waiting import WaitingOwn, WaitingShared
 
 
 def trained(method: Method, name: str) -> bool:
     """Whether a method's tensor of this name is trained."""
     return name not in method.frozen and name not in method.fixed
+
+
+def without_values(holder: Tensors, keys: Mapping[str, str]) -> bool:
+    """Whether tensors are on `meta`, as their base is."""
+    return any(t.is_meta for t in holder.named(keys).values())
 
 
 class Places:
@@ -50,6 +57,8 @@ class Places:
                 name: holder.hold(name if len(groups) == 1 else f"{group}_{name}", cast_like(t, like, module), trained(part, name))
                 for name, t in source.shared(part, group, members).items()
             }
+            if without_values(holder, shared[group]):
+                adapter.waiting.append(WaitingShared(module, members[0], source, holder, shared[group], part, group, members))
         attention: list[Slot] = []
         for special, site in found:
             module, slot = self._slot(site)
@@ -62,10 +71,15 @@ class Places:
             piece = Part(index, special, site, holder, names, ours, keys)
             slot.add(adapter.name, piece, module)
             adapter.parts.append(piece)
+            if without_values(holder, names):
+                adapter.waiting.append(WaitingOwn(module, site, source, holder, names, piece, slot))
             if site.kind == "attention":
                 attention.append(slot)
+                if special.gates:  # type: ignore[attr-defined]
+                    self._enter(site)
             if site.kind == "branch":
                 self._enter(site)
+        introduce(piece for piece in adapter.parts if piece.index == index)
         if attention:
             self.configs += prompts.route_attention(self.model)
             shift = part.shift_positions  # type: ignore[attr-defined]
@@ -94,8 +108,8 @@ class Places:
         return module, adapt(module, self.route, [site])
 
     def _enter(self, site: Site) -> None:
-        """Lets a sub-layer's first module note its input."""
-        slot = adapt(self.model.get_submodule(site.entry), self.route, ())
+        """Lets a sub-layer's first module, or an attention module, note its input."""
+        slot = adapt(self.model.get_submodule(site.entry or site.module), self.route, ())
         if site.name not in slot.entries:
             slot.entries.append(site.name)
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from veneer import registry
-from veneer.errors import BadValue, NoMatch, UnknownName, nearest
+from veneer.errors import BadValue, NoMatch, UnknownName, Unsupported, nearest
 from veneer.forms import form_of, is_quantised
 from veneer.method import Method, replaced
 from veneer.site import Site, matches, tokens_of
+from veneer.slot import Slot
 
 Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
 """(model, batch) → the task loss, a scalar."""
@@ -85,6 +86,8 @@ def calibrated(
     """Shows the method its sites' inputs (and its weights' gradients) on the given batches and takes its plan."""
     if batches is None:
         raise BadValue(f"{part.label} starts from data: pass batches=[…] of model inputs to attach.")
+    if any(p.is_meta for p in model.parameters()) and not any(hasattr(m, "_hf_hook") for m in model.modules()):
+        raise Unsupported(f"{part.label} starts from data, and the model has no weights to run with yet (meta); fill it, then attach.")
     states: dict[str, Any] = {}
     with ExitStack() as undo:
         if part.calibrates:
@@ -139,7 +142,11 @@ def watch_inputs(model: nn.Module, found: Sequence[tuple[Method, Site]], states:
 def watch_gradients(model: nn.Module, found: Sequence[tuple[Method, Site]], states: dict[str, Any], undo: ExitStack) -> None:
     """Hands every site's weight and bias gradients to its method, tensor by tensor as backward reaches them; none is kept.
 
-    A parameter that two layers share is read once, for the first of them."""
+    They are those of the base alone: adapters that are attached already do not act. A parameter that two layers share is
+    read once, for the first of them."""
+    slot = model._modules.get("veneer")
+    if isinstance(slot, Slot) and slot.tuned is not None:
+        undo.enter_context(slot.tuned.disabled())
     readers: dict[int, tuple[nn.Parameter, list[Callable[[Tensor], None]]]] = {}
     owners: dict[int, str] = {}
     for special, site in found:
@@ -156,7 +163,8 @@ def watch_gradients(model: nn.Module, found: Sequence[tuple[Method, Site]], stat
 
             def read(grad: Tensor, special: Method = special, site: Site = site, form: Any = form, name: str = name) -> None:
                 seen = form.seen(grad) if name == "weight" else grad
-                seen = seen if site.rows is None else seen[slice(*site.rows)]
+                if site.rows is not None:
+                    seen = seen[:, slice(*site.rows)] if site.count else seen[slice(*site.rows)]
                 states[site.name] = special.observe_gradient(states.get(site.name), name, seen, site)
 
             readers.setdefault(id(parameter), (parameter, []))[1].append(read)
@@ -165,6 +173,8 @@ def watch_gradients(model: nn.Module, found: Sequence[tuple[Method, Site]], stat
         if p.is_floating_point():
             p.requires_grad_(id(p) in readers)
     for parameter, read_all in readers.values():
+        undo.callback(setattr, parameter, "grad", parameter.grad)
+        parameter.grad = None
 
         def arrived(p: Tensor, read_all: list[Callable[[Tensor], None]] = read_all) -> None:
             grad, p.grad = p.grad, None

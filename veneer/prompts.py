@@ -26,12 +26,13 @@ from veneer.slot import Slot
 
 
 def joined(tables: Sequence[tuple[Tensor, float]]) -> Tensor | None:
-    """Active prompts [P, D] in order, one after another; weighted ones add up."""
+    """Active prompts [P, D], or [batch, P, D], in order, one after another; weighted ones add up."""
     if not tables:
         return None
     if all(weight == 1.0 for _, weight in tables):
-        return torch.cat([table for table, _ in tables]) if len(tables) > 1 else tables[0][0]
-    if len({table.shape for table, _ in tables}) > 1:
+        rows = next((table.shape[:1] for table, _ in tables if table.ndim > 2), ())
+        return torch.cat([t.expand(*rows, *t.shape[-2:]) for t, _ in tables], -2) if len(tables) > 1 else tables[0][0]
+    if len({table.shape[-2:] for table, _ in tables}) > 1:
         raise Unsupported("weighted prompts must have equal lengths: " + ", ".join(str(tuple(t.shape)) for t, _ in tables) + ".")
     return sum(weight * table for table, weight in tables)  # type: ignore[return-value]
 
@@ -40,20 +41,20 @@ def per_row(route: Route, batch: int, table_of: Callable[[Active], Tensor | None
     """Prompts of a batch [B, P, D] and which of their tokens count [B, P] (None: all). Short ones are filled at the front."""
     if route.rows is None:
         table = table_of(route.active)
-        return (None, None) if table is None else (table.expand(batch, *table.shape), None)
+        return (None, None) if table is None else (table.expand(batch, *table.shape[-2:]), None)
     times = batch // len(route.rows)
     tables = {name: table_of(() if name is None else ((name, 1.0),)) for name in dict.fromkeys(route.rows)}
-    longest = max((t.shape[0] for t in tables.values() if t is not None), default=0)
+    longest = max((t.shape[-2] for t in tables.values() if t is not None), default=0)
     if not longest:
         return None, None
     like = next(t for t in tables.values() if t is not None)
     filled, counts = {}, {}
     for name, table in tables.items():
-        length = 0 if table is None else table.shape[0]
-        empty = like.new_zeros(longest - length, *like.shape[1:])
-        filled[name] = empty if table is None else torch.cat([empty, table])
+        length = 0 if table is None else table.shape[-2]
+        table = like.new_zeros(0, like.shape[-1]) if table is None else table
+        filled[name] = F.pad(table, (0, 0, longest - length, 0)).expand(batch, longest, like.shape[-1])
         counts[name] = torch.arange(longest, device=like.device) >= longest - length
-    prompts = torch.stack([filled[name] for name in route.rows]).repeat_interleave(times, 0)
+    prompts = torch.cat([filled[name][i * times : (i + 1) * times] for i, name in enumerate(route.rows)])
     visible = torch.stack([counts[name] for name in route.rows]).repeat_interleave(times, 0)
     return prompts, None if bool(visible.all()) else visible
 
@@ -124,6 +125,13 @@ class Backbone:
         assert given is not None
         batch, length = given.shape[:2]
         prompts, visible = self.prompts(slot, batch)
+        table = module.get_input_embeddings()  # type: ignore[operator]
+        if not cached_length(kwargs):
+            shift = self.text_shift(slot, kwargs.get("attention_mask"), batch, length)
+            if shift is not None:
+                embeds = table(ids) if embeds is None else embeds
+                embeds = embeds + shift.to(embeds.dtype)
+                kwargs["input_ids"], kwargs["inputs_embeds"] = None, embeds
         if prompts is None:
             return self.below(slot, module, kwargs)
         count, at, past = prompts.shape[1], self.at(parts), cached_length(kwargs)
@@ -139,7 +147,6 @@ class Backbone:
             elif visible is not None and "position_ids" in slot.arguments:
                 kwargs["position_ids"] = (kwargs["attention_mask"].cumsum(1) - 1)[:, -length:] + self.offset
             return self.below(slot, module, kwargs)
-        table = module.get_input_embeddings()  # type: ignore[operator]
         if embeds is None:
             embeds = table(ids)
         kwargs["input_ids"], kwargs["inputs_embeds"] = None, insert(embeds, prompts, at)
@@ -148,6 +155,25 @@ class Backbone:
         if "position_ids" in slot.arguments and (positions is not None or visible is not None):
             kwargs["position_ids"] = self.positions(positions, kwargs["attention_mask"], own, visible, (batch, length, count), at)
         return self.without_tokens(self.below(slot, module, kwargs), at, count, length + count)
+
+    def text_shift(self, slot: Slot, mask: Tensor | None, batch: int, length: int) -> Tensor | None:
+        """What is added to the text's embeddings [B, T, D]: row i of the active shifts at the i-th token, also behind padding."""
+
+        def table(active: Active) -> Tensor | None:
+            made = [
+                (p.method.text_shift(p.tensors(), p.site, length), w)  # type: ignore[attr-defined]
+                for parts, w in slot.chosen(active, ("model",))
+                for p in parts
+            ]
+            shifts = [weight * shift for shift, weight in made if shift is not None]
+            return sum(shifts[1:], shifts[0]) if shifts else None
+
+        shift, _ = per_row(slot.route, batch, table)
+        if shift is None or mask is None or mask.ndim != 2:
+            return shift
+        first = (mask != 0).to(torch.int8).argmax(1, keepdim=True)  # padding on the left puts the text further on
+        index = (torch.arange(length, device=mask.device) - first).clamp(min=0)
+        return shift.gather(1, index[..., None].expand(-1, -1, shift.shape[-1]))
 
     def positions(
         self, given: Tensor | None, mask: Tensor, own: Tensor, visible: Tensor | None, sizes: tuple[int, int, int], at: int
@@ -225,13 +251,24 @@ def first_position(module: nn.Module) -> int:
 def prefix_of(slot: Slot, batch: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Keys and values [B, P, kv_heads · head_dim] and which count [B, P]."""
 
-    def table(which: int, active: Active) -> Tensor | None:
-        pairs = [(p.method.keys_values(p.tensors(), p.site)[which], w) for parts, w in slot.chosen(active, ("attention",)) for p in parts]  # type: ignore[attr-defined]
-        return joined(pairs)
+    names = {p.site.name for parts in slot.parts.values() for p in parts if p.site.kind == "attention"}
+    captured = {name: slot.route.captured.pop(name) for name in names if name in slot.route.captured}
 
-    keys, visible = per_row(slot.route, batch, functools.partial(table, 0))
-    values, _ = per_row(slot.route, batch, functools.partial(table, 1))
+    def table(active: Active) -> Tensor | None:
+        return joined([(keys_and_values(p, captured), w) for parts, w in slot.chosen(active, ("attention",)) for p in parts])
+
+    both, visible = per_row(slot.route, batch, table)
+    if both is None:
+        return None, None, None
+    keys, values = both.chunk(2, -1)
     return keys, values, visible
+
+
+def keys_and_values(part: Part, captured: Mapping[str, Tensor]) -> Tensor:
+    """Keys beside values [P, 2 · kv_heads · head_dim]; gated ones [batch, P, …], from what the attention module read."""
+    method: Any = part.method
+    both = torch.cat(method.keys_values(part.tensors(), part.site), -1)
+    return method.gate(captured[part.site.name], part.tensors(), part.site) * both if method.gates else both
 
 
 def widened_mask(mask: Tensor | None, visible: Tensor | None, causal: bool, sizes: tuple[int, int, int], query: Tensor) -> Tensor | None:

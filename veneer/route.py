@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from veneer.errors import BadValue
+from veneer.reading import Reading
 
 Active = tuple[tuple[str, float], ...]
 """Names of the adapters that act, each with its weight."""
@@ -25,6 +26,7 @@ class Route:
         self.rows: tuple[str | None, ...] | None = None
         self.captured: dict[str, Tensor] = {}
         self.ragged: dict[str, Any] = {}
+        self.reading = Reading()
         self._groups: dict[Any, list[tuple[Active, Tensor]]] = {}
 
     @property

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
+from veneer.kernels.grouped_low_rank import grouped_low_rank
 from veneer.method import Call, LowRankMethod
 from veneer.part import Part
 
@@ -20,12 +20,13 @@ def share(groups: Sequence[Sequence[Part]]) -> bool:
 def added(call: Call, x: Tensor, groups: Sequence[tuple[Sequence[Part], Tensor]], axis: int) -> Tensor:
     """call(x) plus, in each group's rows (indices along the batch axis), the changes of the group's parts.
 
-    Low-rank changes of all groups are two batched products over the rows, whatever the number of adapters.
+    Low-rank changes of all groups are one grouped product, whatever the number of adapters.
     """
     y = call(x)
     thin = [(parts, index) for parts, index in groups if parts and all(isinstance(p.method, LowRankMethod) for p in parts)]
     if thin:
-        y = _with_products(y.movedim(axis, 0), x.movedim(axis, 0), thin).movedim(0, axis)
+        L, R = zip(*(_factors(parts) for parts, _ in thin))
+        y = grouped_low_rank(y.movedim(axis, 0), x.movedim(axis, 0), L, R, [index for _, index in thin]).movedim(0, axis)
     for parts, index in groups:
         if parts and not any(parts is own for own, _ in thin):
             rows = x.index_select(axis, index)
@@ -33,19 +34,7 @@ def added(call: Call, x: Tensor, groups: Sequence[tuple[Sequence[Part], Tensor]]
     return y
 
 
-def _with_products(y: Tensor, x: Tensor, groups: Sequence[tuple[Sequence[Part], Tensor]]) -> Tensor:
-    """y [rows, ..., out] plus each row's low-rank term, x [rows, ..., in]. Ranks are padded to the largest, rows of no group get zeros."""
-    pairs = []
-    for parts, _ in groups:
-        factors = [part.method.factors(part.tensors(), part.site) for part in parts]  # type: ignore[attr-defined]
-        pairs.append(factors[0] if len(factors) == 1 else (torch.cat([L for L, _ in factors], 1), torch.cat([R for _, R in factors])))
-    owner = torch.full((len(x),), len(groups), device=x.device)
-    for n, (_, index) in enumerate(groups):
-        owner[index] = n
-    if sum(len(index) for _, index in groups) < len(x):
-        pairs.append((torch.zeros_like(pairs[0][0]), torch.zeros_like(pairs[0][1])))
-    rank = max(L.shape[1] for L, _ in pairs)
-    L = torch.stack([pad(L, (0, rank - L.shape[1])) if L.shape[1] < rank else L for L, _ in pairs]).to(x.dtype)  # [groups, out, rank]
-    R = torch.stack([pad(R, (0, 0, 0, rank - len(R))) if len(R) < rank else R for _, R in pairs]).to(x.dtype)  # [groups, rank, in]
-    t = torch.bmm(x.reshape(len(x), -1, x.shape[-1]), R[owner].mT)
-    return torch.baddbmm(y.reshape(len(y), -1, y.shape[-1]), t, L[owner].mT).view_as(y)
+def _factors(parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+    """L [out, r] and R [r, in] of all parts side by side: their changes add up."""
+    factors = [part.method.factors(part.tensors(), part.site) for part in parts]  # type: ignore[attr-defined]
+    return factors[0] if len(factors) == 1 else (torch.cat([L for L, _ in factors], 1), torch.cat([R for _, R in factors]))

@@ -76,7 +76,7 @@ class Site:
         batch_dim: axis of the batch in the layer's input.
         entry: for a branch, path of the module whose input is the branch's input.
         heads, kv_heads, head_dim: of an attention module and of its projections; 0 elsewhere.
-        causal: whether that attention is causal.
+        causal: whether that attention is causal; of layers, sub-layers and blocks, whether their tokens see only earlier ones.
         post: for norms, True when it normalises the sum of a sub-layer's output and its residual (post-norm blocks);
             for branches, True when such a norm follows.
         side: `encoder` or `decoder` in models that have both, else "".

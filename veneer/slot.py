@@ -213,7 +213,7 @@ class Slot(nn.Module):
                 else:
                     options = {k: x if k == place else pick(v) for k, v in kwargs.items()}
                     out = self.frozen(module, *[pick(a) for a in args], **options)
-                rest[:] = out[1:] if isinstance(out, tuple) else [None]
+                rest[:] = [out[1:]] if isinstance(out, tuple) else []
                 return out[0] if isinstance(out, tuple) else out
 
             base = Whole(call, module.training, "a block")
@@ -224,7 +224,7 @@ class Slot(nn.Module):
             y = run(x, self.route.active, lambda v: v)
         else:
             y = self.run_block_rows(x, run)
-        return y if rest == [None] else (y, *rest)
+        return (y, *rest[0]) if rest else y
 
     def run_block_rows(self, x: Tensor, run: Callable[[Tensor, Active, Callable[[Any], Any]], Tensor]) -> Tensor:
         """Groups of rows may carry different numbers of tokens between blocks: shorter ones are padded at the end."""

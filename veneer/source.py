@@ -28,15 +28,25 @@ class Source:
 
 
 class Fresh(Source):
-    """First values, drawn from a generator or settled from data."""
+    """First values, drawn from a generator or settled from data. Asked again for the same, it draws the same."""
 
     def __init__(self, generator: Generator, index: int, starts: Mapping[tuple[int, str], Params]):
         self.generator, self.index, self.starts = generator, index, starts
+        self.states: dict[str, Tensor] = {}
+
+    def _stand_at(self, place: str) -> None:
+        """Puts the generator where it stood when this place was asked for first."""
+        if place in self.states:
+            self.generator.set_state(self.states[place])
+        else:
+            self.states[place] = self.generator.get_state()
 
     def shared(self, part: Method, group: str, members: Sequence[Site]) -> Params:
+        self._stand_at("@" + group)
         return part.init_shared(members, self.generator)
 
     def own(self, method: Method, site: Site, module: nn.Module, slot: Slot, like: Tensor, shared: Params) -> Params:
+        self._stand_at(site.name)
         p = first_tensors(method, site, self.generator)
         p.update(self.starts.get((self.index, site.name), {}))
         p = {k: t.to(like.dtype) if t.is_floating_point() else t for k, t in p.items()}

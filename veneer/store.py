@@ -13,6 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +22,13 @@ from torch import Generator, Tensor, nn
 import veneer
 from veneer import anatomy
 from veneer.adapter import Adapter
-from veneer.errors import BadFile, BadValue, Mismatch, VeneerError, nearest
+from veneer.errors import BadFile, BadValue, Mismatch, Unsupported, VeneerError, nearest
+from veneer.pruned import files as pruned
 from veneer.site import whole_sites
 from veneer.source import Source, first_tensors
 from veneer.spec import parse
 from veneer.tuned import Tuned, check_name, tuned_of
+from veneer.waiting import gathered
 
 if TYPE_CHECKING:
     from veneer.method import Method, Params
@@ -48,18 +51,15 @@ class CannotWrite(VeneerError):
 def save(tuned: Tuned, folder: str | Path, name: str, facts: Mapping[str, Any] | None = None, *, fixed: bool = False) -> Path:
     """Writes one adapter, with `fixed` also the tensors its seed gives again; one that was in the folder survives if anything fails."""
     adapter = tuned.adapters[name]
+    if any(t.is_meta for t in tensors_of(tuned, name).values()):
+        raise Unsupported(f"save: the adapter {name!r} has no values yet, as its base has no weights (meta); veneer.fill the base first.")
     adapter.facts.update(facts or {})
     folder = Path(folder)
     about = describe(tuned, name)
-    tensors = {key: _gathered(t).detach().cpu().contiguous() for key, t in tensors_of(tuned, name, fixed).items()}
+    tensors = {key: gathered(t).detach().cpu().contiguous() for key, t in tensors_of(tuned, name, fixed).items()}
     write_tensors(folder / WEIGHTS, tensors, {"veneer": json.dumps(about)})
     write_text(folder / FACTS, json.dumps(about, indent=2) + "\n")
     return folder
-
-
-def _gathered(tensor: Any) -> Tensor:
-    """The whole of a sharded tensor; every process must ask for it."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def describe(tuned: Tuned, name: str) -> dict[str, Any]:
@@ -89,6 +89,7 @@ def describe(tuned: Tuned, name: str) -> dict[str, Any]:
         "sites": sites,
         "fixed": {key: checksum(t) for key, t in tensors_of(tuned, name, True).items() if key not in stored},
         "trained": tuned.summary(name).trained,
+        **pruned.facts(model),
         "training": adapter.facts,
     }
 
@@ -111,7 +112,7 @@ def tensors_of(tuned: Tuned, name: str, fixed: bool = False) -> dict[str, Tensor
         out.update({f"{part.index}/{part.site.name}/{key}": tensors[key] for key in part.keys if key not in left_out})
         group = f"{part.index}/@{part.method.tie(part.site)}"
         out.update({f"{group}/{key}": tensors[key] for key in part.shared_keys if key not in left_out})
-    return out
+    return out | pruned.stored(tuned.model)
 
 
 def fingerprint(model: nn.Module) -> str:
@@ -184,8 +185,15 @@ class Saved:
     tensors: dict[str, Tensor]
 
     def of(self, index: int, owner: str) -> Params:
-        start = f"{index}/{owner}/"
-        return {key.removeprefix(start): t for key, t in self.tensors.items() if key.startswith(start)}
+        return dict(self._owners.get(f"{index}/{owner}", {}))
+
+    @cached_property
+    def _owners(self) -> dict[str, Params]:
+        found: dict[str, Params] = {}
+        for key, t in self.tensors.items():
+            owner, _, name = key.rpartition("/")
+            found.setdefault(owner, {})[name] = t
+        return found
 
 
 class FromFile(Source):
@@ -306,6 +314,7 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, roles
     tuned = tuned_of(model)
     name = name or saved.about.get("adapter") or "default"
     check_name(name, tuned)
+    pruned.fit(model, saved.tensors, folder)
     planned, method = _plan(model, saved, roles)
     adapter = Adapter(name, method, [], facts=dict(saved.about.get("training") or {}))
     tuned.add(adapter, [(part, found, FromFile(saved, i, names)) for i, (part, found, names) in enumerate(planned)])
@@ -340,8 +349,9 @@ def _plan(
     planned = []
     for index, part in enumerate(method.parts):
         found, names = [], {}
+        there = here | {s.name: s for s in part.views(sites)}
         for entry in (e for e in saved.about["sites"] if e.get("part", 0) == index):
-            site = _fitting(entry, here, model, saved)
+            site = _fitting(entry, there, model, saved)
             special = parse(entry["method"]) if "method" in entry else part
             special.check(site)
             found.append((special, site))

@@ -106,6 +106,7 @@ class Tuned:
             else:
                 active = tuple((n, 1.0) for n in given)
             self._known(*[n for n, _ in active])
+            self._weighable(active)
             self.route.rows, self.route.active = None, active
         self.route.ragged, self.route.captured = {}, {}
         names = {n for n, _ in self.route.active} | {n for n in self.route.rows or () if n}
@@ -113,6 +114,15 @@ class Tuned:
             for parameter in adapter.trained().values():
                 parameter.requires_grad_(adapter.name in names)
         return self
+
+    def _weighable(self, active: Active) -> None:
+        """Raises `Unsupported` where several adapters, or a part of one, are asked of a method that cannot be weighted."""
+        if len(active) == 1 and active[0][1] == 1.0:
+            return
+        for name, _ in active:
+            for part in self.adapters[name].method.parts:
+                if "weighted" in part.limits:
+                    raise Unsupported(f"activate: {part.label} cannot be weighted or added to others: {part.limits['weighted']}.")
 
     def _known(self, *names: str) -> None:
         for name in names:
@@ -211,6 +221,20 @@ class Tuned:
                 total += module.in_features * module.out_features if packed else p.numel()
         return total
 
+    # -- values that came later -----------------------------------------------------------------------------
+
+    def materialise(self) -> Tuned:
+        """Gives adapters that were attached while the base was on `meta` their values, once it has its weights.
+
+        They are those of an ordinary attach (or of the adapter's file), bit for bit; layers are read one at a time, sharded
+        ones gathered for it, so every process must call it. `veneer.fill` does it by itself. Optimisers come after it.
+        """
+        for adapter in self.adapters.values():
+            for one in adapter.waiting:
+                one.arrive()
+            adapter.waiting = []
+        return self
+
     # -- training -------------------------------------------------------------------------------------------
 
     def begin(self, total_steps: int | None = None, probe: Callable[[], Tensor] | None = None) -> None:
@@ -260,8 +284,12 @@ class Tuned:
 
     # -- merging --------------------------------------------------------------------------------------------
 
-    def merge(self) -> Tuned:
+    def merge(self, *, keep: bool = True) -> Tuned:
         """Writes the active adapters into the base's weights (worked out in float32, then rounded to the base's dtype).
+
+        Args:
+            keep: keep the adapted weights as they were beside the merged ones, so that `unmerge` can bring them back. False
+                needs no more memory than one weight's change, and `detach` is all that can follow.
 
         Raises:
             Unsupported: a method or layer that cannot be merged, with the reason; nothing has changed then.
@@ -270,7 +298,7 @@ class Tuned:
             raise Unsupported("merge: adapters are already merged; call unmerge() first.")
         if self.route.rows is not None:
             raise Unsupported("merge: rows have different adapters; activate one adapter (or a weighted sum) first.")
-        self._merging.write(self.route.active)
+        self._merging.write(self.route.active, keep)
         self.route.merged = True
         return self
 
@@ -278,6 +306,8 @@ class Tuned:
         """Takes the adapters out again: every base tensor is the very one it was."""
         if not self._merging:
             raise Unsupported("unmerge: nothing is merged.")
+        if self._merging.for_good:
+            raise Unsupported("unmerge: merged with keep=False, so the weights from before are gone; load the base again.")
         self._merging.undo()
         self.route.merged = False
         return self

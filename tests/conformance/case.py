@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tiny import SUBJECTS, Subject
+from tiny import SUBJECTS, Subject, dtype_of, loss
 from torch import Tensor, nn
 
 import veneer
@@ -81,8 +81,8 @@ class Case:
         return self.subject.build(dtype, depth)
 
     def attach(self, model: nn.Module, name: str = "default", seed: int = 0, method: Method | None = None) -> Tuned:
-        """The method (or another one) without the model's own head, as it starts."""
-        return veneer.attach(model, method or self.method, name, seed=seed, head=False)
+        """The method (or another one) without the model's own head, as it starts; with data if that is what it starts from."""
+        return attach(model, method or self.method, self.subject, name, seed, self.seed)
 
     def tuned(self, name: str = "default", model: nn.Module | None = None, method: Method | None = None, size: float = 0.15) -> Tuned:
         """An adapter whose effect shows: on a fresh model (or a given one), trained tensors moved by random numbers."""
@@ -97,6 +97,13 @@ class Case:
 
     def batch(self, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
         return self.subject.batch(self.seed, dtype)
+
+
+def attach(model: nn.Module, method: Method, subject: Subject, name: str = "default", seed: int = 0, data: int = 0) -> Tuned:
+    """Attaches a method without the model's own head, showing it a batch and a loss if it starts from them."""
+    asks = any(part.calibrates or part.reads_gradients for part in method.parts)
+    batches = [subject.batch(data, dtype_of(model))] if asks else None
+    return veneer.attach(model, method, name, seed=seed, head=False, batches=batches, loss=loss)
 
 
 def stir(tuned: Tuned, name: str, seed: int, size: float = 0.15) -> None:
@@ -126,7 +133,7 @@ def fitted(slug: str, subject: str, targets: str | None = None) -> Method:
         try:
             for site in chosen:
                 method.check(site)
-            veneer.attach(SUBJECTS[subject].build(), method, head=False)
+            attach(SUBJECTS[subject].build(), method, SUBJECTS[subject])
             return method
         except BadValue as refused:
             smaller = halved(method)

@@ -26,6 +26,61 @@ def _bottlenecks(m: Any, sites: Sequence[Site]) -> int:
     return sum(2 * width[s.name] * s.out_features + width[s.name] + s.out_features for s in sites)
 
 
+def _ladder(m: Any, sites: Sequence[Site]) -> int:
+    D = sites[0].out_features
+    w = m.w or max(1, int(D // m.reduction))
+    rung = w * D + w + 1 + 2 * w + 2 * m.ratio * w * w + m.ratio * w + w + (4 * w * w + 2 * w if m.heads else 0)
+    return w * D + w + sum(rung for s in sites if s.depth not in m.leave_out) + D * w + D + 2 * w
+
+
+def _kronecker_bottlenecks(m: Any, sites: Sequence[Site]) -> int:
+    width = {s.name: max(m.n, int(s.out_features // m.reduction)) if m.m is None else m.m for s in sites}
+    return m.n**3 + sum(2 * m.r * (s.out_features + width[s.name]) + width[s.name] + s.out_features for s in sites)
+
+
+def _prefixes(m: Any, sites: Sequence[Site]) -> int:
+    attention = [s for s in sites if s.kind == "attention"]
+    if not attention or m.mid is None:
+        return sum(2 * m.length * s.out_features for s in attention)
+    D, rows = attention[0].heads * attention[0].head_dim, 2 * len(attention) * attention[0].out_features
+    return m.length * D + D * m.mid + m.mid + rows * m.mid + rows
+
+
+def _mix_and_match(m: Any, sites: Sequence[Site]) -> int:
+    return _prefixes(m, sites) + sum(2 * m.m * s.out_features + m.m + s.out_features for s in sites if s.kind == "branch")
+
+
+def _beside(m: Any, sites: Sequence[Site]) -> int:
+    return sum(2 * m.m * s.out_features + m.m + s.out_features for s in sites)
+
+
+def _frequencies(m: Any, sites: Sequence[Site]) -> int:
+    mixed = [s for s in sites if len(m.experts(s)) > 1]
+    return _beside(m, sites) + 2 * _beside(m, mixed) + sum(3 * s.out_features + 3 for s in mixed) + len(sites)
+
+
+def _refined(m: Any, sites: Sequence[Site]) -> int:
+    D = sites[0].out_features
+    return len(sites) * m.r * (m.m + D) + 2 * (D * D + D) + 1
+
+
+def _prompted(m: Any, sites: Sequence[Site]) -> int:
+    d, modules = sites[0].out_features, -(-sites[0].length // m.share)
+    return 2 * m.L * d + modules * (2 * d * m.r + m.r + d + 1)
+
+
+def _convolved(m: Any, sites: Sequence[Site]) -> int:
+    return sum(m.blocks * (2 * m.width(s) * s.out_features + m.width(s) + s.out_features) for s in sites)
+
+
+def _gated_union(m: Any, sites: Sequence[Site]) -> int:
+    D, layers = sites[0].heads * sites[0].head_dim, [s for s in sites if s.kind == "linear"]
+    width = m.m or max(1, D // 16)
+    adapters = sum(2 * width * D + width + D + D + 1 for s in sites if s.kind in ("norm", "branch"))
+    prefixes = _prefixes(m, sites) + sum(1 if s.causal else D + 1 for s in sites if s.kind == "attention")
+    return adapters + prefixes + sum(m.r * (s.in_features + s.out_features) + s.in_features + 1 for s in layers)
+
+
 def _rescaled(m: Any, sites: Sequence[Site]) -> int:
     return sum(s.in_features if s.role == "mlp.down" else s.out_features for s in sites)
 
@@ -114,12 +169,31 @@ FORMULAS: dict[str, Formula] = {
     "nera": lambda m, sites: sum(s.in_features * m.K * (m.r + 1) + s.in_features + m.r * s.out_features + 1 for s in sites),
     "snell": _low_rank,
     "snella": lambda m, sites: _low_rank(m, sites) + 3 * len(sites),
+    "qwha": _low_rank,
+    "l4q": lambda m, sites: sum(
+        m.r * (s.in_features + s.out_features) + (1 + m.train_offset) * s.out_features * s.in_features // m.group for s in sites
+    ),
+    "sketchtune": lambda m, sites: sum(s.out_features * m.gpr * 2**m.bits for s in sites),
     "pst": lambda m, sites: sum((m.weight_rank + m.mask_rank + 1) * (s.in_features + s.out_features) for s in sites),
     "bottleneck-adapter": _bottlenecks,
+    "compacter": _kronecker_bottlenecks,
+    "red": lambda m, sites: sum(2 * s.out_features for s in sites),
+    "adaptformer": _beside,
+    "conv-adapter": _convolved,
+    "earth-adapter": _frequencies,
+    "rein": _refined,
+    "dvpt": _prompted,
     "paca": lambda m, sites: sum(m.r * s.out_features for s in sites),
     "s2ft": _shares,
     "ia3": _rescaled,
     "prompt-tuning": lambda m, sites: m.length * sites[0].in_features,
     "prefix-tuning": lambda m, sites: sum(2 * m.length * s.kv_heads * s.head_dim for s in sites),
+    "dept": lambda m, sites: m.length * sites[0].in_features + m.r * (m.s + sites[0].in_features),
+    "mam": _mix_and_match,
+    "unipelt": _gated_union,
+    "light-peft": lambda m, sites: sum(s.heads if s.role == "attn.o" else s.in_features for s in sites),
+    "context-peft": lambda m, sites: m.C * sum(m.r * (s.in_features + s.out_features) for s in sites),
+    "ladder-side-tuning": _ladder,
+    "p-tuning": lambda m, sites: m.length * sites[0].in_features + 3 * (sites[0].in_features ** 2 + sites[0].in_features),
     "vpt": lambda m, sites: len(sites) * m.length * sites[0].in_features,
 }

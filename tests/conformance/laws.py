@@ -10,7 +10,7 @@ import copy
 import functools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils.checkpoint
@@ -370,7 +370,7 @@ def weighted(case: Case) -> None:
     both = case.answers(tuned.activate({"a": 0.3, "b": 0.7}).model)
     if case.method.foldable:
         _weighted_weights(case, tuned, both)
-    elif {"model", "attention"} & set(case.method.kinds):
+    elif all(_is_table(part) for part in tuned.adapters["a"].parts):
         _weighted_tables(case, tuned, both)
     with torch.no_grad():  # the same adapter twice, in parts that add up to one, is that adapter
         for (_, p), (_, q) in zip(tuned.named_parameters("a"), tuned.named_parameters("b")):
@@ -392,6 +392,15 @@ def _weighted_weights(case: Case, tuned: Tuned, both: Tensor) -> None:
         zero = base.get(name, torch.zeros(()))
         expected = zero + 0.3 * (merged["a"][name] - zero) + 0.7 * (merged["b"][name] - zero)
         close(merged["both"][name], expected)
+
+
+def _is_table(part: Part) -> bool:
+    """Whether what a prompt learns is its table of tokens, or of keys and values, and nothing else."""
+    method, p, kind = cast(Any, part.method), part.tensors(), part.site.kind
+    if kind not in ("model", "attention") or part.shared_keys:
+        return False
+    made = (method.tokens(p, part.site),) if kind == "model" else method.keys_values(p, part.site)
+    return {id(t) for t in made} == {id(t) for t in p.values()}
 
 
 def _weighted_tables(case: Case, tuned: Tuned, both: Tensor) -> None:

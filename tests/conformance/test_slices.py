@@ -16,6 +16,8 @@ SETTINGS = {
     "s2ft(v=0.5, o=0.25, u=0.1, d=0.1)": "llama",
     "s2ft(v=0.5, o=0.25, u=0.1, d=0.1, seed=3)": "gpt2",
     "s2ft(v=0.3, o=0, u=0.2, d=0, selection='weight')": "encoder",
+    "paca(r=3, selection='gradient')": "bert",
+    "s2ft(v=0.5, o=0.25, u=0.1, d=0.1, selection='gradient')": "encoder",
 }
 
 

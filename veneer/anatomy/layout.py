@@ -55,7 +55,15 @@ def _line(site: Site, name: str, level: int) -> str:
     notes = [f"rows {site.rows[0]}–{site.rows[1]}"] if site.rows else []
     if site.kind == "attention":
         notes.append(f"{site.heads} heads" + (f", {site.kv_heads} for keys" if site.kv_heads != site.heads else "") + f" × {site.head_dim}")
-    notes += [word for word, said in (("causal", site.causal), ("post", site.post), ("trained with the task", site.trainable_head)) if said]
+    notes += [
+        word
+        for word, said in (
+            ("causal", site.causal and site.kind == "attention"),
+            ("post", site.post),
+            ("trained with the task", site.trainable_head),
+        )
+        if said
+    ]
     if site.kind in ("branch", "attention"):
         notes.insert(0, "sub-layer" if site.kind == "branch" else "attention")
     return f"{'  ' * level}{site.role:<15} {shape:<16} {name}{'  (' + '; '.join(notes) + ')' if notes else ''}"

@@ -40,7 +40,9 @@ def sites(model: nn.Module, roles: Mapping[str, str] | None = None) -> list[Site
         listed[at.path].append(site)
     for site in weights:
         listed[site.module].append(site)
-    return [site for here in listed.values() for site in here]
+    found = [site for here in listed.values() for site in here]
+    causal = {s.depth for s in found if s.kind == "attention" and s.causal and s.depth is not None}
+    return [replace(s, causal=True) if s.depth in causal and s.kind != "attention" else s for s in found]
 
 
 def _layer_sites(layer: Layer, given: Given, body: Anatomy, heads: tuple[int, int, int]) -> Iterator[Site]:

@@ -23,7 +23,7 @@ def budget(
     for spec in methods or ():
         parse_spec(spec)
     check_model(model)
-    specs = list(methods or (c.slug for c in registry.methods()))
+    specs = list(methods or (c.slug for c in registry.methods() if c.family != "strategy"))
     from veneer import anatomy, assets
     from veneer.study.budget import Nearest, budget_of, nearest
 

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """Largest difference relative to the largest output that a merge may make, by the dtype of the weights."""
 
-FORMS = ("peft", "veneer", "merged")
+FORMS = ("peft", "veneer", "merged", "sparse-weights")
+
+PATTERNS = ("2:4", "1:4", "1:2")
+
+WHOLE = ("merged", "sparse-weights")
+"""Forms that are a whole model."""
 
 
 class Inexact(VeneerError):
@@ -47,9 +52,14 @@ def export(
     tolerance: Annotated[float | None, Flag("largest allowed relative difference; by default 1e-4 in float32")] = None,
     as_lora: Annotated[bool, Flag("with --to peft: as plain LoRA, whatever the method")] = False,
     rank: Annotated[int | None, Flag("with --as-lora: rank for methods that are not of low rank")] = None,
+    pattern: Annotated[
+        str | None, Flag("with --to sparse-weights: entries left of neighbours, in adapted weights", choices=PATTERNS)
+    ] = None,
 ) -> Any:
     """Write an adapter in another form: Hugging Face PEFT's, veneer's, or merged into the model."""
     folder = adapter_folder(folder)
+    if pattern is not None and to != "sparse-weights":
+        raise BadValue("--pattern goes with --to sparse-weights.")
     _refuse(folder, out, to, facts_of(folder), tolerance)
     if (as_lora and to != "peft") or (rank is not None and not as_lora):
         raise BadValue("--as-lora goes with --to peft, and --rank with --as-lora.")
@@ -63,6 +73,8 @@ def export(
     with _beside(out) as folder_beside:
         if to == "merged":
             again = _merged(tuned, folder_beside)
+        elif to == "sparse-weights":
+            again = _sparse(tuned, folder_beside, pattern)
         else:
             _write(tuned, folder_beside, to, as_lora, rank)
             again = load(base.load_base(folder, model), folder_beside).model
@@ -72,7 +84,7 @@ def export(
                 f"{folder} as {to}: the answers differ by {found:.1e} of the largest output, more than {allowed:.1e}.\n"
                 f"Nothing was written. A base in float32, or a larger --tolerance, lets it pass."
             )
-        if to == "merged" and (processor := base.processor_of(name)) is not None:
+        if to in WHOLE and (processor := base.processor_of(name)) is not None:
             processor.save_pretrained(folder_beside)
         _put(folder_beside, out)
     print(f"{out}: {to}; read back, its answers differ by {found:.1e} of the largest output at most (allowed {allowed:.1e}).")
@@ -87,9 +99,14 @@ def _refuse(folder: Path, out: Path, to: str, facts: dict[str, Any], tolerance: 
         raise BadValue(f"--tolerance {tolerance} must be more than 0.")
     if "spec" not in facts:
         return
+    if facts.get("pruned") and to != "veneer":
+        raise Unsupported(
+            f"{folder}: made for a pruned base, whose shapes no configuration of transformers can tell.\n"
+            "Serve it as it is, with veneer.load(model, folder): that prunes the whole base."
+        )
     for slug, _ in parse_spec(facts["spec"]):
         card = registry.card(slug)
-        if to == "merged" and "merge" in card.limits:
+        if to in WHOLE and "merge" in card.limits:
             raise Unsupported(
                 f"{folder}: {card.class_name} cannot be merged: {card.limits['merge']}\nServe it as it is, with veneer.load(model, folder)."
             )
@@ -100,9 +117,36 @@ def _dtype(model: nn.Module) -> str:
 
 
 def _merged(tuned: Tuned, out: Path) -> nn.Module:
-    plain: Any = tuned.merge().detach()
+    plain: Any = tuned.merge(keep=False).detach()
     plain.save_pretrained(out)
     return type(plain).from_pretrained(out, dtype=plain.dtype)
+
+
+def _sparse(tuned: Tuned, out: Path, pattern: str | None) -> nn.Module:
+    """The merged model without its zeros; with a pattern, adapted weights are made to fit it."""
+    import torch
+
+    from veneer.forms import form_of
+    from veneer.tools.sparse_weights import enforce, load_sparse, pattern_of, save_sparse
+
+    n, m = pattern_of(pattern) if pattern else (0, 0)
+    sites = [s for s in tuned.sites() if s.kind == "linear" and s.role != "head"]
+    plain: Any = tuned.merge().detach()
+    for site in sites if pattern else ():
+        if site.in_features % m:
+            raise BadValue(f"--pattern {pattern}: the {site.in_features} inputs of {site.name} are no multiple of {m}.")
+        module = plain.get_submodule(site.module)
+        form, held = form_of(module, site.kind, site.parameter), module._parameters[site.parameter]
+        W, rows = form.weight(module).clone(), slice(None) if site.rows is None else slice(*site.rows)
+        W[rows] = enforce(W[rows], n, m)
+        with torch.no_grad():
+            held.copy_(form.store(W, held))
+    if not save_sparse(plain, out):
+        raise BadValue(
+            "No weight of the merged model has zeros enough to leave them out: --pattern 2:4 makes half of every adapted one zero, "
+            "a method that prunes, such as pst, more."
+        )
+    return load_sparse(out)
 
 
 def _write(tuned: Tuned, out: Path, to: str, as_lora: bool, rank: int | None) -> None:

@@ -101,6 +101,8 @@ def _tell(folder: Path, path: Path, facts: dict[str, Any], tensors: dict[str, An
     dtypes = ", ".join(sorted({t["dtype"] for t in tensors.values()}))
     print(f"  file      {format.size(path.stat().st_size)}, {len(tensors)} tensors ({dtypes})")
     print(f"  written   by veneer {facts.get('veneer', 'of unknown version')}")
+    if pruned := facts.get("pruned"):
+        print(f"  pruned    {len(pruned)} layers: {', '.join(f'{n} {kept}' for n, kept in list(pruned.items())[:2])} …")
     for name, value in training.items():
         print(f"  {name:<9} {_said(value)}")
     sites = facts.get("sites") or []
@@ -116,7 +118,8 @@ def _said(value: Any) -> str:
     metrics = {k: v for k, v in value.items() if isinstance(v, dict) and {"value", "low", "high"} <= set(v)}
     if metrics:
         return ", ".join(f"{k} {v['value']:.4g} [{v['low']:.4g}, {v['high']:.4g}]" for k, v in metrics.items())
-    return json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 300 else text[:300] + " …"
 
 
 def _foreign(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:

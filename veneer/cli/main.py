@@ -22,6 +22,11 @@ COMMANDS = {
     "methods": ("methods", "List the methods."),
     "show": ("methods", "Show one method: formula, tensors, hyper-parameters, and the count for a model."),
     "budget": ("budget", "Match methods by size: the hyper-parameters of each that land nearest to a number of trained parameters."),
+    "fewshot": ("fewshot", "Compare the cost of examples in the prompt with that of a trained adapter: FLOPs, seconds, storage, memory."),
+    "scaling-law": (
+        "scaling_law",
+        "Fit the scaling law of sparse models: prune while training at several sizes, sparsities and lengths, or --fit a file.",
+    ),
     "anatomy": ("anatomy", "Print a model's tree of roles with shapes."),
     "doctor": ("doctor", "Check the installation: versions, builds that do not fit, devices, carriers of models and data."),
 }
@@ -53,7 +58,7 @@ def command(name: str) -> Callable[..., Any]:
     """The function behind a command; its module is imported only now. Raises `UnknownName` with the nearest commands."""
     if name not in COMMANDS:
         raise UnknownName(f"There is no command {name!r}.{nearest(name, COMMANDS)} `veneer --help` lists them all.")
-    return getattr(importlib.import_module(f"veneer.cli.{COMMANDS[name][0]}"), name)
+    return getattr(importlib.import_module(f"veneer.cli.{COMMANDS[name][0]}"), name.replace("-", "_"))
 
 
 def quiet() -> None:
@@ -66,7 +71,7 @@ def quiet() -> None:
 
 def overview() -> str:
     """What `veneer --help` prints."""
-    lines = [f"  {name:<10}{what}" for name, (_, what) in COMMANDS.items()]
+    lines = [f"  {name:<12}{what}" for name, (_, what) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: veneer COMMAND …",

@@ -1,7 +1,7 @@
 """y = x ΔWᵀ for a ΔW [I·b, J·b] of circulant blocks, by Fourier transforms: a block's product is a correlation.
 
 Bound, for N rows: N·(I + J)·b·log b for the transforms and N·I·J·b/2 complex products between them, forward; about
-twice that backward. Saved for backward are x (shared by every layer that reads it) and w: the transform of x, twice
+twice that backward. Saved for backward are x, or what it is made of (see `replay`), and w: the transform of x, twice
 its size in half precision, is made again. The plain reference is `reference`.
 """
 
@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from veneer.kernels.replay import kept
 
 
 def rolled(w: Tensor) -> Tensor:
@@ -39,19 +41,20 @@ class _CirculantLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
         b, ctx.wide = w.shape[-1], torch.promote_types(torch.promote_types(x.dtype, w.dtype), torch.float32)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, w)
+        ctx.make, sources = kept(x) if ctx.needs_input_grad[1] else (None, ())
+        ctx.save_for_backward(w, *sources)
         W = torch.fft.rfft(w.to(ctx.wide)).permute(2, 1, 0)  # [b//2 + 1, J, I]
         return _signal(_spectrum(x, b, ctx.wide) @ W.conj(), b, x.shape[:-1]).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x, w = ctx.saved_tensors
+        w, *sources = ctx.saved_tensors
         b, G, gx, gw = w.shape[-1], _spectrum(grad, w.shape[-1], ctx.wide), None, None
         if ctx.needs_input_grad[0]:
             gx = _signal(G @ torch.fft.rfft(w.to(ctx.wide)).permute(2, 0, 1), b, grad.shape[:-1]).to(grad.dtype)
         if ctx.needs_input_grad[1]:
-            gw = torch.fft.irfft((G.mH @ _spectrum(x, b, ctx.wide)).permute(1, 2, 0), n=b).to(w.dtype)
+            gw = torch.fft.irfft((G.mH @ _spectrum(ctx.make(sources), b, ctx.wide)).permute(1, 2, 0), n=b).to(w.dtype)
         return gx, gw
 
 

@@ -1,7 +1,8 @@
 """z = Σ_k max(0, 1 − |u x − t_k|) C_k: every feature through its own hat functions, mixed into r features; the hats are not kept.
 
 Bound, for N rows, K knots: 2·N·in·K·r operations forward and twice that backward. One knot at a time, so that what lies
-between is of x's size and not K times that; saved for backward are x and the parameters, the hats are made again.
+between is of x's size and not K times that; saved for backward are x, or what it is made
+of (see `replay`), and the parameters; the hats are made again.
 The plain reference is `reference`.
 """
 
@@ -10,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from veneer.kernels.replay import kept
 
 
 def hats(x: Tensor, knots: Tensor, u: Tensor) -> Tensor:
@@ -25,7 +28,8 @@ def reference(x: Tensor, knots: Tensor, u: Tensor, C: Tensor) -> Tensor:
 class _Hats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, knots, u, C):
-        ctx.save_for_backward(x, knots, u, C)
+        ctx.make, sources = kept(x)
+        ctx.save_for_backward(knots, u, C, *sources)
         at = x.reshape(-1, x.shape[-1]).to(knots.dtype) * u  # near knots half precision is too coarse
         z = at.new_zeros(at.shape[0], C.shape[-1])
         for k in range(knots.shape[1]):
@@ -36,7 +40,8 @@ class _Hats(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, knots, u, C = ctx.saved_tensors
+        knots, u, C, *sources = ctx.saved_tensors
+        x = ctx.make(sources)
         rows = x.reshape(-1, x.shape[-1]).to(knots.dtype)
         at, g = rows * u, grad.reshape(-1, grad.shape[-1]).to(x.dtype)
         g_at, g_knots, g_C = torch.zeros_like(at), [], []

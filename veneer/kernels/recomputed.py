@@ -1,6 +1,7 @@
 """y = run(x, p), with nothing kept for backward but x and p: what lies between is computed again there.
 
-Bound: one more run. It pays where the run is cheap and keeps several tensors of x's size (Kronecker products, butterflies).
+Of x what it is made of may be kept instead (see `replay`). Bound: one more run. It pays where the run is cheap and keeps
+several tensors of x's size (Kronecker products, butterflies).
 The plain reference is `run` itself.
 """
 
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.kernels.eager import eager
+from veneer.kernels.replay import kept
+
 Run = Callable[[Tensor, dict[str, Tensor]], Tensor]
 
 
@@ -20,13 +24,16 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, run: Run, names: list[str], *tensors: Tensor) -> Tensor:
         ctx.run, ctx.names = run, names
-        ctx.save_for_backward(x, *tensors)
+        ctx.make, sources = kept(x)
+        ctx.save_for_backward(*tensors, *sources)
         return run(x, dict(zip(names, tensors)))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, needs = ctx.saved_tensors, (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
+        n, needs = len(ctx.names), (ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
+        all_kept = ctx.saved_tensors  # read once: checkpointing hands them out once
+        saved = (ctx.make(all_kept[n:]), *all_kept[:n])
         with torch.enable_grad():
             x, *tensors = leaves = [t.detach().requires_grad_(n) for t, n in zip(saved, needs)]
             y = ctx.run(x, dict(zip(ctx.names, tensors)))
@@ -37,6 +44,6 @@ class _Recomputed(torch.autograd.Function):
 
 def recomputed(x: Tensor, run: Run, p: dict[str, Tensor]) -> Tensor:
     """run(x, p); `run` must give the same both times: no dropout in it. A compiler decides by itself what to keep."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
+    if not eager(x) or not torch.is_grad_enabled():
         return run(x, p)
     return _Recomputed.apply(x, run, list(p), *p.values())

@@ -1,8 +1,11 @@
-"""b ⊙ ((x Aᵀ ⊙ d) Bᵀ) for fixed A [r, in], B [out, r] and trained d [r], b [out].
+"""Low-rank terms scaled by trained vectors, and layers scaled output by output; the scaled product itself is not kept.
 
-Bound, for N rows: 2·N·r·(in + out) operations forward and as many backward: both vectors' gradients are sums of
-products that are there anyway, so no third thin product is needed. Saved for backward are x Aᵀ [N, r] and z [N, out],
-what b multiplies. The plain reference is `reference`.
+`scaled_random`: ((t ⊙ d)ᵀ Bᵀ) ⊙ b for an inner product t = A xᵀ of fixed A and B. Bound, for N rows: 2·N·r·out operations
+forward and twice that backward (for u and for gᵀ (t ⊙ d)ᵀ, whose rows times those of B are b's gradient: cheaper to keep
+than the product [N, out]). Saved for backward are t [r, N] and the parameters.
+
+`scaled_outer`: c ⊙ (x Wᵀ + tᵀ Lᵀ) + b. Bound: a pass over y and one over its gradient beside the low-rank form's. Saved for
+backward are y itself, of which c's gradient is made (most layers' outputs are kept by what reads them anyway), t and L.
 """
 
 from __future__ import annotations
@@ -13,33 +16,73 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+TINY = 1e-20
+"""Stands for a scale of exactly zero, so that what was scaled can be had back from the product."""
+
 
 def reference(x: Tensor, A: Tensor, d: Tensor, B: Tensor, b: Tensor) -> Tensor:
-    """The definition: x [..., in] → [..., out]."""
+    """The definition of `scaled_random` with t = A xᵀ: x [..., in] → [..., out]."""
     return (x @ A.t() * d) @ B.t() * b
+
+
+def reference_outer(x: Tensor, W: Tensor, b: Tensor | None, c: Tensor, L: Tensor, R: Tensor) -> Tensor:
+    """The definition of `scaled_outer` with t = R xᵀ: x [..., in], W [out, in], c [out], L [out, r], R [r, in] → [..., out]."""
+    y = c * torch.nn.functional.linear(x, W + L @ R)
+    return y if b is None else y + b
 
 
 class _ScaledRandom(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, d: Tensor, B: Tensor, b: Tensor) -> Tensor:
-        t = A @ x.reshape(-1, x.shape[-1]).t()  # [r, N]
-        z = (t * d[:, None]).t() @ B.t()
+    def forward(ctx: Any, t: Tensor, d: Tensor, B: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(t, d, B, b)
+        return (t * d[:, None]).t() @ (B * b[:, None]).t()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        t, d, B, b = ctx.saved_tensors
+        u = (B * b[:, None]).t() @ g.t()  # [r, N]
+        gb = (B * ((t * d[:, None]) @ g).t()).sum(1) if ctx.needs_input_grad[3] else None
+        gd = (u * t).sum(1) if ctx.needs_input_grad[1] else None
+        return u.mul_(d[:, None]) if ctx.needs_input_grad[0] else None, gd, None, gb
+
+
+class _ScaledOuter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, c: Tensor, t: Tensor, L: Tensor) -> Tensor:
         ctx.shape = x.shape
-        ctx.save_for_backward(t, z, A, d, B, b)
-        return (z * b).view(*x.shape[:-1], len(b))
+        c = torch.where(c == 0, TINY, c)
+        y = (t.t() @ L.t()).addmm_(x.reshape(-1, x.shape[-1]), W.t())
+        ctx.apart = y.dtype not in (torch.float32, torch.float64) and (b is not None or y.dtype == torch.float16)
+        kept = y.clone() if ctx.apart else y  # too coarse to take bias and scale off again
+        y.mul_(c)
+        if b is not None:
+            y.add_(b)
+        y = y.view(*x.shape[:-1], -1)
+        needs_c, needs_L = ctx.needs_input_grad[3], ctx.needs_input_grad[5]
+        ctx.save_for_backward(W, b, c, L, t if needs_L else None, (kept if ctx.apart else y) if needs_c else None)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        t, z, A, d, B, b = ctx.saved_tensors
-        g = grad.reshape(-1, grad.shape[-1])
-        u = B.t() @ (g * b).t()  # [r, N]
-        gb = (g * z).sum(0) if ctx.needs_input_grad[4] else None
-        gd = (u * t).sum(1) if ctx.needs_input_grad[2] else None
-        gx = ((u * d[:, None]).t() @ A).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        return gx, None, gd, None, gb
+        W, b, c, L, t, y = ctx.saved_tensors
+        needs_x, _, _, _, needs_t, needs_L = ctx.needs_input_grad
+        g, gc = grad.reshape(-1, grad.shape[-1]), None
+        if y is not None:
+            gc = (g * y.reshape(g.shape)).sum(0)
+            if not ctx.apart:
+                gc = (gc if b is None else gc - b * g.sum(0)) / c
+        g = g * c
+        gx = (g @ W).view(ctx.shape) if needs_x else None
+        return gx, None, None, gc, L.t() @ g.t() if needs_t else None, (t @ g).t() if needs_L else None
 
 
-def scaled_random(x: Tensor, A: Tensor, d: Tensor, B: Tensor, b: Tensor) -> Tensor:
-    """b ⊙ ((x Aᵀ ⊙ d) Bᵀ) in x's dtype; A and B get no gradient."""
-    return _ScaledRandom.apply(x, *(t.to(x.dtype) for t in (A, d, B, b)))
+def scaled_random(t: Tensor, d: Tensor, B: Tensor, b: Tensor) -> Tensor:
+    """((t ⊙ d)ᵀ Bᵀ) ⊙ b [N, out] for t [r, N], in t's dtype; B gets no gradient."""
+    return _ScaledRandom.apply(t, *(each.to(t.dtype) for each in (d, B, b)))
+
+
+def scaled_outer(x: Tensor, W: Tensor, b: Tensor | None, c: Tensor, t: Tensor, L: Tensor) -> Tensor:
+    """c ⊙ (x Wᵀ + tᵀ Lᵀ) + b for x [..., in], t [r, N]; W and b get no gradient. c and L are cast to x's dtype."""
+    return _ScaledOuter.apply(x, W, b, c.to(x.dtype), t, L.to(x.dtype))

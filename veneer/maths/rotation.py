@@ -78,9 +78,3 @@ def neumann(A: Tensor, terms: int) -> Tensor:
     for _ in range(max(terms, 4) - 3):
         S = two + A @ S
     return A @ S
-
-
-def by_blocks(x: Tensor, C: Tensor) -> Tensor:
-    """x (I + blockdiag(C)) for x [..., N·k] and C [N, k, k] in x's dtype, or one block [1, k, k] for all."""
-    parts = x.unflatten(-1, (-1, C.shape[-1]))
-    return (parts + (parts @ C[0] if len(C) == 1 else torch.einsum("...nk,nkl->...nl", parts, C))).flatten(-2)

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor
 from torch.nn.functional import linear
 
-from veneer.kernels.columns import add_columns, add_rows, in_columns, in_rows
+from veneer.kernels.columns import add_columns, add_rows, columns_linear, in_columns, in_rows
 from veneer.method import AdditiveMethod, Call, Method, Params, WeightMethod
 from veneer.option import option
 from veneer.site import Site
@@ -22,11 +22,12 @@ class Slices(AdditiveMethod):
 
     Give `values`, `wanted` and `drawn`; `rows`, `width` and `heard` where they are not those of single columns.
     A unit is a run of `width` features of the weight's inputs (columns) or outputs (rows). Scores of a unit: the norm of
-    its part of the weight, the mean magnitude of what flows through it on some data, or the product of both.
+    its part of the weight, the mean magnitude of what flows through it on some data, the product of both, or the norm of
+    its part of the weight's gradients, over all batches of some data.
     """
 
     selection: str = option(
-        "random", "how units are chosen: at random or by a score", choices=("random", "weight", "activation", "product")
+        "random", "how units are chosen: at random or by a score", choices=("random", "weight", "activation", "product", "gradient")
     )
     smallest: bool = option(False, "take the smallest scores instead of the largest")
     seed: int = option(0, "of a random choice", ge=0)
@@ -45,6 +46,15 @@ class Slices(AdditiveMethod):
     @property  # type: ignore[misc]
     def calibrates(self) -> bool:  # type: ignore[override]
         return self.selection in ("activation", "product")
+
+    @property  # type: ignore[misc]
+    def reads_gradients(self) -> bool:  # type: ignore[override]
+        return self.selection == "gradient"
+
+    @property
+    def limits(self) -> Mapping[str, str]:  # type: ignore[override]
+        packed = {"bnb4": "starts from gradients of the base, and its weight is stored quantised"}
+        return packed if self.reads_gradients else {}
 
     # -- what a method says -------------------------------------------------------------------------------------
 
@@ -99,15 +109,26 @@ class Slices(AdditiveMethod):
         total, count = state or (0, 0)
         return total + x.sum(0, dtype=torch.promote_types(x.dtype, torch.float32)), count + len(x)
 
+    def observe_gradient(self, state: Any, name: str, grad: Tensor, site: Site) -> Any:
+        if name != "weight":
+            return state
+        grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        squares = grad.square().sum(-1 if self.rows(site) else -2)  # [features], of stacked matrices [count, features]
+        return squares if state is None else state + squares
+
     def settle(self, states: Mapping[str, Any], sites: Sequence[Site]) -> dict[str, tuple[Method, Params] | None]:
         found: dict[str, tuple[Method, Params] | None] = {}
         for site in sites:
-            source = self.heard(site, sites)
+            source = site if self.reads_gradients else self.heard(site, sites)
             state = states.get(source.name) if source else None
             if state is None:
-                raise self.refuse(
-                    f"selection={self.selection!r} saw nothing of what flows through the units {{at}}; choose 'weight'.", site
-                )
+                what = "no gradient of" if self.reads_gradients else "nothing of what flows through"
+                raise self.refuse(f"selection={self.selection!r} saw {what} the units {{at}}; choose 'weight'.", site)
+            if self.reads_gradients:
+                squares = state.reshape(site.count or 1, -1, self.width(site)).sum(-1)
+                best = torch.stack([self.best(one, site) for one in squares])
+                found[site.name] = (self, {"I": best if site.count else best[0]})
+                continue
             features = site.out_features if self.rows(site) else site.in_features
             flow = (state[0] / state[1]).reshape(features // self.width(site), -1).mean(1)
             found[site.name] = (self, {"I": self.best(flow, site)} if self.selection == "activation" else {"flow": flow})
@@ -153,4 +174,8 @@ class Slices(AdditiveMethod):
     def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
         if site.kind != "linear":
             return WeightMethod.forward(self, call, x, p, site)
+        W = None if self.rows(site) else call.matrix(x)
+        if W is not None:
+            b = call.bias()
+            return columns_linear(x, W, None if b is None else b.to(x.dtype), self.values(p), p["I"])
         return (add_rows if self.rows(site) else add_columns)(call(x), x, self.values(p), p["I"])

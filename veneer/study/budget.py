@@ -243,6 +243,8 @@ def nearest(
     ((slug, given), *more) = parse_spec(spec)
     if more:
         raise BadValue(f"{spec!r} is a stack; a budget is found for one method at a time.")
+    if registry.card(slug).family == "strategy":
+        raise BadValue(f"{slug} trains nothing by itself; a budget is found for the method it is added to.")
     if targets is not None:
         given = {**given, "targets": targets}
     best = _Search(slug, given, sites, model, budget).best()

@@ -25,6 +25,7 @@ TASKS = {
     "causal-lm": "causal_lm.CausalLM",
     "chat": "chat.Chat",
     "word-problems": "word_problems.WordProblems",
+    "multiple-choice": "multiple_choice.MultipleChoice",
     "image-classification": "image_classification.ImageClassification",
 }
 """Tasks by name → where they are."""
@@ -34,6 +35,7 @@ PAIR_NAMES = ("text_pair", "sentence2", "hypothesis", "answer", "context")
 LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "stars", "rating", "score", "y")
 PROMPTS = ("prompt", "instruction", "question", "input")
 ANSWERS = ("completion", "response", "answer", "output")
+CHOICES = ("choices", "options", "endings")
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,8 @@ def guess(data: Data) -> str:
     if "messages" in columns or (_first(PROMPTS, columns) and _first(ANSWERS, columns) and not _first(LABEL_NAMES, columns)):
         return "chat"
     label = _first(LABEL_NAMES, columns)
+    if label and _first(CHOICES, columns):
+        return "multiple-choice"
     if label and len(columns) > 1:
         return "text-regression" if _looks_continuous([row[label] for row in data.train.rows]) else "text-classification"
     if _first(TEXT_NAMES, columns):

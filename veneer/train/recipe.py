@@ -26,6 +26,7 @@ class Recipe:
     model: str = option("", "model: a folder, a hub name, or minilm, smollm2, dinov2-small")
     data: str = option("", "data: a file, a folder, movie-sentiment, fashion-mnist, arithmetic, or a `datasets` name")
     method: str = option("lora", "method spec, such as lora(r=8) + ssf")
+    slim: str | None = option(None, "a finished run with light-peft: prune its model and train on; its settings are the defaults")
     task: str | None = option(None, "kind of problem; guessed from the data")
     out: str | None = option(None, "folder of the run; runs/<model>-<data>-<method>-<digest> if not given")
     epochs: float | None = option(None, "passes over the training rows (3 if steps is not given)", gt=0)
@@ -83,6 +84,8 @@ class Recipe:
         for name in given:
             if name not in known:
                 raise UnknownName(f"recipe: there is no setting {name!r}.{nearest(name, known)} There are: {', '.join(sorted(known))}.")
+        if given.get("slim") and not known - {"out"} <= given.keys():  # the record of a run has them all
+            given = {**_begun_by(str(given["slim"])), **given}
         kinds = {f.name: str(f.type) for f in dataclasses.fields(cls)}
         return cls(**{name: _number(value) if kinds[name].startswith(("float", "int")) else value for name, value in given.items()})
 
@@ -111,7 +114,9 @@ class Recipe:
         """Checks the method's spec, the task's name and the model's, without torch. Raises `VeneerError`s with nearest names."""
         from veneer.spec import parse_spec
 
-        parse_spec(self.method)
+        spec = parse_spec(self.method)
+        if self.slim is not None:
+            _check_slim(self.slim, spec)
         if self.task is not None:
             task_class(self.task)
         check_model(self.model)
@@ -159,6 +164,27 @@ def check_model(name: str) -> None:
         raise UnknownName(
             f"There is no model {name!r}.{nearest(name, MODELS)} Give a folder, a hub name (owner/name), or one of {', '.join(MODELS)}."
         )
+
+
+def _begun_by(folder: str) -> dict[str, Any]:
+    """The settings of a run that another one goes on from, but for how long and where."""
+    from veneer.train.outcome import read_run
+
+    return {name: value for name, value in read_run(folder)["recipe"].items() if name not in ("out", "slim", "steps", "epochs")}
+
+
+def _check_slim(folder: str, spec: list[tuple[str, dict[str, Any]]]) -> None:
+    """Refuses a run that cannot be pruned, and methods other than its own: only the ratios of light-peft may change."""
+    from veneer.spec import parse_spec
+    from veneer.train.outcome import Outcome
+
+    before = parse_spec(Outcome.load(folder).method)
+    if "light-peft" not in [slug for slug, _ in before]:
+        raise BadValue(f"--slim {folder}: that run trained no masks to prune by. Its method has to end in '+ light-peft'.")
+    if [part for part in spec if part[0] != "light-peft"] != [part for part in before if part[0] != "light-peft"] or len(spec) != len(
+        before
+    ):
+        raise BadValue(f"--slim {folder}: its modules go on; give --method only to change what stands in light-peft(…).")
 
 
 def _number(value: Any) -> Any:

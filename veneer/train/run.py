@@ -24,6 +24,7 @@ from veneer.train.outcome import RUN_FILE, Outcome, read_run
 from veneer.train.recipe import Recipe
 
 if TYPE_CHECKING:
+    from veneer.method import Method
     from veneer.train.loop import RunTrainer
     from veneer.tuned import Tuned
 
@@ -128,8 +129,7 @@ class Run:
         tuned, lr = self.attach(model, processor)
         trainer = self.trainer(tuned, processor, lr, device, precision)
         if recipe.base and "base" not in record:
-            with tuned.disabled():
-                record["base"] = _as_json(self.test(trainer, processor, "base").metrics)
+            record.update(self.base(tuned, trainer, processor))
             self.write(record)
         if "base" in record:
             self.say(f"Untouched base on {len(task.splits.test)} test rows: {_shown(_metrics(record['base']))}")
@@ -152,21 +152,51 @@ class Run:
 
         recipe = self.recipe
         method = veneer.parse(recipe.method)
-        batches = None
         wanted = max((part.batches_wanted for part in method.parts if part.calibrates or part.reads_gradients), default=0)
-        if wanted:
-            rows, size = self.task.splits.train.rows, recipe.batch_size
-            encoded = self.task.encode(rows[: wanted * size], processor)
-            collate = self.task.collator(processor)
-            device = next(model.parameters()).device
-            parts = ([encoded[k] for k in range(i, min(i + size, len(encoded)))] for i in range(0, len(encoded), size))
-            batches = [{k: v.to(device) for k, v in collate(part).items()} for part in parts]
         model.train(False)
-        tuned = veneer.attach(model, method, seed=recipe.seed, head=recipe.head, allow_unmatched=recipe.allow_unmatched, batches=batches)
+        if recipe.slim:
+            tuned = self.slimmed(model, method, self.batches(processor, 1, model)[0])
+        else:
+            batches = self.batches(processor, wanted, model) if wanted else None
+            tuned = veneer.attach(
+                model, method, seed=recipe.seed, head=recipe.head, allow_unmatched=recipe.allow_unmatched, batches=batches
+            )
         lr = recipe.lr or min(getattr(type(part), "default_lr", DEFAULT_LR) for part in method.parts)
         self.say(str(tuned.summary()))
         self.say(f"Learning rate: {lr:g}{'' if recipe.lr else ' (the default; --lr changes it)'}; seed {recipe.seed}")
         return tuned, lr
+
+    def batches(self, processor: Any, count: int, model: Any) -> list[dict[str, Any]]:
+        """The first training rows, in batches, where the model is."""
+        rows, size = self.task.splits.train.rows, self.recipe.batch_size
+        encoded = self.task.encode(rows[: count * size], processor)
+        collate = self.task.collator(processor)
+        device = next(model.parameters()).device
+        parts = ([encoded[k] for k in range(i, min(i + size, len(encoded)))] for i in range(0, len(encoded), size))
+        return [{k: v.to(device) for k, v in collate(part).items()} for part in parts]
+
+    def slimmed(self, model: Any, method: Method, batch: dict[str, Any]) -> Tuned:
+        """The model and adapter of the run that this one goes on from, pruned as this one's light-peft says."""
+        import veneer
+
+        assert self.recipe.slim is not None
+        before = veneer.load(model, Path(self.recipe.slim) / ADAPTER)
+        rule = next(part for part in method.parts if part.slug == "light-peft")
+        size = before.base_size()
+        tuned = veneer.slim(before, batch=batch, **{f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)})
+        self.say(f"Pruned: {tuned.base_size():,} of the base's {size:,} parameters are left")
+        return tuned
+
+    def base(self, tuned: Tuned, trainer: RunTrainer, processor: Any) -> dict[str, Any]:
+        """The untouched base's metrics, for the record; where it is pruned already, those of the run before if it had the same rows."""
+        recipe = self.recipe
+        if not recipe.slim:
+            with tuned.disabled():
+                return {"base": _as_json(self.test(trainer, processor, "base").metrics)}
+        before = read_run(recipe.slim)
+        other = Recipe.of(before["recipe"])
+        same = (other.data, other.options) == (recipe.data, recipe.options)
+        return {"base": before["base"]} if same and "base" in before else {}
 
     def trainer(self, tuned: Tuned, processor: Any, lr: float, device: str, precision: str) -> RunTrainer:
         from transformers import PrinterCallback, ProgressCallback, TrainingArguments
@@ -194,7 +224,7 @@ class Run:
             save_strategy="steps",
             save_steps=every,
             save_total_limit=2,
-            load_best_model_at_end=True,
+            load_best_model_at_end=not self.last_counts(),
             metric_for_best_model=task.main,
             greater_is_better=task.greater,
             logging_strategy="steps",
@@ -236,6 +266,12 @@ class Run:
             made.remove_callback(loud)
         made.prepare_run(task, callback)
         return made
+
+    def last_counts(self) -> bool:
+        """Whether the last step is what is kept, not the best one."""
+        import veneer
+
+        return not self.recipe.slim and any(part.last_counts for part in veneer.parse(self.recipe.method).parts)
 
     def total(self) -> int:
         """Number of optimiser steps."""

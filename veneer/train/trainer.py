@@ -8,7 +8,7 @@ The model given to the trainer must have adapters attached (`veneer.attach`).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 import veneer
 from veneer.errors import Mismatch, VeneerError
+from veneer.train.probe import Probe
 from veneer.train.state import random_state, read_state, set_random_state, write_state
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class VeneerCallback(TrainerCallback):
         self.resume: Any = None
         """State of the strategies to take up when training begins."""
         self.probe: Callable[[], torch.Tensor] | None = None
+        self.prepared = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         tuned = veneer.of(model)
@@ -43,11 +45,18 @@ class VeneerCallback(TrainerCallback):
             tuned.load_strategy_state(self.resume)
             self.resume = None
 
+    def before_clip(self, tuned: Tuned) -> None:
+        """For loops that clip gradients: what comes before the step comes before that."""
+        tuned.before_step()
+        self.prepared = True
+
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        veneer.of(model).before_step()
+        if not self.prepared:
+            veneer.of(model).before_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         veneer.of(model).after_step()
+        self.prepared = False
 
 
 class AdapterTrainerMixin:
@@ -71,8 +80,7 @@ class AdapterTrainerMixin:
         base: Any = self
         present = next((c for c in base.callback_handler.callbacks if isinstance(c, VeneerCallback)), None)
         self.strategies = present or VeneerCallback()
-        self.strategies.probe = self.probe
-        self._probed: Iterator[Any] = iter(())
+        self.probe = self.strategies.probe = Probe(lambda: iter(base.get_train_dataloader()), self._probe_loss)
         if present is None:
             base.add_callback(self.strategies)
 
@@ -81,12 +89,7 @@ class AdapterTrainerMixin:
         """The adapters of the model in training."""
         return veneer.of(self.accelerator.unwrap_model(self.model))
 
-    def probe(self) -> torch.Tensor:
-        """The task loss on a training batch of its own."""
-        batch = next(self._probed, None)
-        if batch is None:
-            self._probed = iter(self.get_train_dataloader())  # type: ignore[attr-defined]
-            batch = next(self._probed)
+    def _probe_loss(self, batch: Any) -> torch.Tensor:
         model = self.accelerator.unwrap_model(self.model)
         return super().compute_loss(model, self._prepare_inputs(batch))  # type: ignore[misc, attr-defined]
 
@@ -111,6 +114,11 @@ class AdapterTrainerMixin:
                 return super().create_optimizer(*args, **kwargs)  # type: ignore[misc]
             self.optimizer = cls(self.tuned.param_groups(self.args.learning_rate, self.args.weight_decay), **options)
         return self.optimizer
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Strategies see the gradients first: what they mask does not count in the norm."""
+        self.strategies.before_clip(self.tuned)
+        return super()._clip_grad_norm(model)  # type: ignore[misc]
 
     # -- writing checkpoints ------------------------------------------------------------------------------------
 
@@ -167,6 +175,7 @@ class AdapterTrainerMixin:
             "scheduler": self.lr_scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "strategies": self.tuned.strategy_state(),
+            "probed": self.probe.taken,
             "extra": self.extra_state(),
         }
         write_state(Path(output_dir) / OPTIMISER, state)
@@ -200,6 +209,7 @@ class AdapterTrainerMixin:
         if state["scaler"] is not None and getattr(self.accelerator, "scaler", None) is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.strategies.resume = state["strategies"]
+        self.probe.taken = state.get("probed", 0)
         self.take_extra_state(state["extra"])
 
     def _load_scaler(self, checkpoint: str | None) -> None:

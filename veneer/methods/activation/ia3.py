@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Generator, Tensor
 
 from veneer.init import ones
+from veneer.kernels.scale_rotate import scale
 from veneer.method import ActivationMethod, Call, Params
 from veneer.option import option
 from veneer.site import Site, matches, tokens_of
@@ -28,6 +29,7 @@ class IA3(ActivationMethod):
 
     feedforward: str = option("mlp.down expert.down", "targets rescaled on their input side")
 
+    widens = True
     default_lr = 1e-2
     sizes = ()
     default_targets = "attn.k attn.v cross.k cross.v mlp.down expert.down"
@@ -50,7 +52,7 @@ class IA3(ActivationMethod):
         return {self.name(site): ones((site.in_features if self.input_side(site) else site.out_features,))}
 
     def activation(self, h: Tensor, p: Params, site: Site) -> Tensor:
-        return (p[self.name(site)] * h).to(h.dtype)
+        return scale(h, p[self.name(site)])
 
     def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
         return call(self.activation(x, p, site)) if self.input_side(site) else super().forward(call, x, p, site)

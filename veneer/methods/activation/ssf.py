@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Generator, Tensor
 
 from veneer.init import normal, ones, zeros
+from veneer.kernels.scale_rotate import scale
 from veneer.method import ActivationMethod, Params
 from veneer.option import option
 from veneer.site import Site
@@ -26,6 +27,7 @@ class SSF(ActivationMethod):
 
     exact_start: bool = option(True, "start equal to the base; False draws the released N(1, 0.02²), N(0, 0.02²)")
 
+    widens = True
     default_lr = 1e-2
     sizes = ()
     default_targets = (
@@ -47,8 +49,7 @@ class SSF(ActivationMethod):
         return {"gamma": p["gamma"]} if site.kind == "norm" and b is None else p
 
     def activation(self, h: Tensor, p: Params, site: Site) -> Tensor:
-        y = p["gamma"] * h
-        return (y + p["beta"] if "beta" in p else y).to(h.dtype)
+        return scale(h, p["gamma"], p.get("beta"))
 
     def fold(self, W: Tensor, b: Tensor | None, p: Params, site: Site) -> tuple[Tensor, Tensor | None]:
         gamma, beta = p["gamma"], p.get("beta")

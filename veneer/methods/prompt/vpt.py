@@ -11,6 +11,7 @@ from torch.nn.functional import dropout
 
 from veneer.errors import BadValue
 from veneer.init import uniform
+from veneer.maths.image_side import on_images
 from veneer.method import Call, Params, PromptMethod
 from veneer.option import option
 from veneer.site import Site
@@ -56,11 +57,7 @@ class VPT(PromptMethod):
             raise BadValue("VPT: shallow prompts pass through every block; leave_out goes with deep=True only.")
 
     def select(self, sites: Sequence[Site]) -> list[Site]:
-        images = [s.name for s in sites if s.role == "embed.patch"]
-        words = [s.name for s in sites if s.role == "embed.token"]
-        if words and not images:
-            raise BadValue("VPT: this model reads tokens, not images; use prompt-tuning or prefix-tuning.")
-        return [s for s in super().select(sites) if nearness(s.name, images) >= nearness(s.name, words)]
+        return on_images(super().select(sites), sites, self.label)
 
     def init(self, site: Site, generator: Generator) -> Params:
         name = "P0" if site.index == 0 else "P_deep"
@@ -78,12 +75,3 @@ class VPT(PromptMethod):
         if not self.deep and site.index + 1 < site.length:
             return y
         return torch.cat([y.narrow(axis, 0, 1), y.narrow(axis, 1 + n, y.shape[axis] - 1 - n)], axis)
-
-
-def nearness(name: str, others: Sequence[str]) -> int:
-    """The longest run of leading path components that `name` shares with any of the others."""
-    parts, best = name.split("."), 0
-    for other in others:
-        pairs = [a == b for a, b in zip(parts, other.split("."))]
-        best = max(best, pairs.index(False) if False in pairs else len(pairs))
-    return best

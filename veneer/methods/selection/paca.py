@@ -29,7 +29,8 @@ class PaCA(Slices):
     Args:
         alpha: with Adam, s multiplies the learning rate and does nothing else; the paper's runs have s = 4.
         form: both train the same under Adam, but weight decay draws the columns to zero, or Delta to the base.
-        selection: scores of columns: their norm, the mean magnitude of their inputs (batches=… when attaching), or both.
+        selection: scores of columns: their norm, the mean magnitude of their inputs (batches=… when attaching), both, or the
+            norm of their gradients (batches=… with labels, or loss=…).
     """
 
     r: int = option(8, "number of columns", ge=1)

@@ -35,7 +35,7 @@ class S2FT(Slices):
             d are one unit at least, in however small a model; any other that comes to none is refused.
         selection: "random" draws out of all blocks together, so that blocks get different numbers and some none. Scores
             choose within each block, in equal shares: the norm of a unit's slice, the mean magnitude of what it puts into
-            o or down (batches=… when attaching), or both.
+            o or down (batches=… when attaching), both, or the norm of its slice's gradients (batches=… with labels, or loss=…).
     """
 
     v: float = option(0.0, "share of heads whose value projection is trained", ge=0, le=1)

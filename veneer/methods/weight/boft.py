@@ -8,8 +8,9 @@ import torch
 from torch import Generator, Tensor
 
 from veneer.init import ones, zeros
+from veneer.kernels.blocks import turned_by_blocks
 from veneer.maths.factor import divisors
-from veneer.maths.rotation import Rotation, by_blocks, cayley, width
+from veneer.maths.rotation import Rotation, cayley, width
 from veneer.method import Call, Params
 from veneer.option import option
 from veneer.site import Site
@@ -65,7 +66,7 @@ class BOFT(Rotation):
         C = pieces["C"].to(x.dtype)
         for f in range(self.m) if back else reversed(range(self.m)):
             block = C[f].mT if back else C[f]
-            x = _dealt(by_blocks(_dealt(x, 2, 2**f, self.k // 2), block), 2**f, 2, self.k // 2)
+            x = _dealt(turned_by_blocks(_dealt(x, 2, 2**f, self.k // 2), block), 2**f, 2, self.k // 2)
         return x
 
     def rebuilt(self, W: Tensor, pieces: Params, site: Site) -> Tensor:

@@ -82,9 +82,12 @@ class DoRA(WeightMethod):
 
     def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
         c, b = self.gain(call.weight(), p), call.bias()
+        drops = bool(self.dropout) and call.training and x.is_floating_point()
+        if site.kind == "linear" and not drops and not self.magnitude_only:
+            return call.add_low_rank(x, self.scale * p["B"], p["A"], gain=c)
         wide = (-1, *(1,) * len(site.kernel))  # channels are axis 1 of a convolution's output, the last axis elsewhere
         c, rest = c.reshape(wide), None if b is None else (b * (1 - c)).reshape(wide)  # the bias is not rescaled
-        if not (self.dropout and call.training and x.is_floating_point()) or self.magnitude_only:
+        if not drops or self.magnitude_only:
             h = c * (call(x) if self.magnitude_only else call.add_low_rank(x, self.scale * p["B"], p["A"]))
             return h if rest is None else h + rest
         L, R = self.scale * p["B"], p["A"]

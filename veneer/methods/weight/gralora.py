@@ -34,6 +34,7 @@ class GraLoRA(AdditiveMethod):
     hybrid_r: int = option(0, "rank h of a plain low-rank term beside the grid", ge=0)
     dropout: float = option(0.0, "dropout on what the factors read, in training", ge=0, lt=1)
 
+    recomputes = True
     sizes = ("r", "hybrid_r")
     default_targets = "attn.q attn.v attn.qkv cross.q cross.v"
     default_lr = 4e-4

@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from veneer.errors import BadValue
 from veneer.init import kaiming_uniform, zeros
+from veneer.kernels.blocks import block_product
 from veneer.maths.factor import nearest_divisors
 from veneer.method import AdditiveMethod, Params
 from veneer.option import option
@@ -82,7 +83,6 @@ class MELoRA(AdditiveMethod):
     def delta(self, x: Tensor, p: Params, site: Site) -> Tensor:
         B, A = self.minis(p)
         r = max(self.ranks)  # smaller ranks are filled up with zeros, so that all blocks go in two batched products
-        L = torch.stack([pad(b, (0, r - b.shape[1])) for b in B]).to(x.dtype)  # [n, out/n, r]
-        R = torch.stack([pad(a, (0, 0, 0, r - len(a))) for a in A]).to(x.dtype)  # [n, r, in/n]
-        t = torch.einsum("...ni,nri->...nr", x.unflatten(-1, (self.n, -1)), R)
-        return torch.einsum("...nr,nor->...no", t, L).flatten(-2)
+        L = torch.stack([pad(b, (0, r - b.shape[1])) for b in B])  # [n, out/n, r]
+        R = torch.stack([pad(a, (0, 0, 0, r - len(a))) for a in A])  # [n, r, in/n]
+        return block_product(block_product(x, R.mT), L.mT)

@@ -10,9 +10,10 @@ import torch
 from torch import Generator, Tensor
 
 from veneer.init import zeros
+from veneer.kernels.blocks import turned_by_blocks
 from veneer.kernels.recomputed import recomputed
 from veneer.maths.factor import divisors
-from veneer.maths.rotation import Rotation, by_blocks, cayley, neumann, width
+from veneer.maths.rotation import Rotation, cayley, neumann, width
 from veneer.method import Params
 from veneer.option import option
 from veneer.site import Site
@@ -89,4 +90,4 @@ class OFT(Rotation):
 
     def turned(self, x: Tensor, pieces: Params, back: bool = False) -> Tensor:
         C = pieces["C"].to(x.dtype)
-        return by_blocks(x, C.mT if back else C)
+        return turned_by_blocks(x, C.mT if back else C)

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from veneer.init import ones, zeros
+from veneer.kernels.scale_rotate import rotate
 from veneer.maths.factor import divisors
 from veneer.method import OutputMethod, Params
 from veneer.option import option
@@ -32,6 +33,7 @@ class RoAd(OutputMethod):
     group_size: int = option(64, "features per group; even, must divide out", ge=2)
 
     sizes = ("variant",)
+    widens = True
     turns_bias: ClassVar[bool] = True
     default_lr = 3e-3
     default_targets = "attn.q attn.v attn.qkv cross.q cross.v"
@@ -55,5 +57,4 @@ class RoAd(OutputMethod):
         rows = {"road_1": (1, 1), "road_2": (1, 2), "road_4": (2, 2)}[self.variant]  # cosines and sines; first and second half
         theta, alpha = (p[name].unflatten(0, (-1, *rows, half)) for name in ("theta", "alpha"))
         C, S = (alpha * torch.cos(theta))[:, 0], (alpha * torch.sin(theta))[:, -1]  # [groups, 1 or 2, half]
-        a, c = h.unflatten(-1, (-1, 2, half)).unbind(-2)  # views: only h is kept for backward
-        return torch.stack([C[:, 0] * a - S[:, 0] * c, S[:, -1] * a + C[:, -1] * c], -2).flatten(-3)
+        return rotate(h, C, S)

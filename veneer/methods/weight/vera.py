@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from torch import Generator, Tensor
 
 from veneer.init import kaiming_uniform, zeros
+from veneer.kernels.eager import eager
 from veneer.kernels.scaled import scaled_random
-from veneer.method import LowRankMethod, Params
+from veneer.method import Call, LowRankMethod, Params
 from veneer.option import option
 from veneer.site import Site
 
@@ -48,9 +49,16 @@ class VeRA(LowRankMethod):
         A = kaiming_uniform((self.r, inside), own, gain=6**0.5)  # √2 for the gain, √3 from standard deviation to bound
         return {"A": A, "B": kaiming_uniform((out, self.r), own, gain=6**0.5)}
 
-    def delta(self, x: Tensor, p: Params, site: Site) -> Tensor:
+    def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
+        if site.kind != "linear" or (self.dropout and call.training) or not eager(x):
+            return super().forward(call, x, p, site)
         lambda_b, lambda_d = p["lambda_b"], p["lambda_d"]
-        return scaled_random(x, p["A"][: len(lambda_d), : site.in_features], lambda_d, p["B"][: len(lambda_b), : len(lambda_d)], lambda_b)
+        t = call.inner(x, p["A"][: len(lambda_d), : site.in_features])
+        y = scaled_random(t, lambda_d, p["B"][: len(lambda_b), : len(lambda_d)], lambda_b)
+        return call.plus(x, y.view(*x.shape[:-1], -1))
+
+    def adds(self, site: Site) -> bool:
+        return site.kind == "linear" and not self.dropout
 
     def factors(self, p: Params, site: Site | None = None) -> tuple[Tensor, Tensor]:
         lambda_b, lambda_d = p["lambda_b"], p["lambda_d"]
