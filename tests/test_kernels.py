@@ -110,6 +110,8 @@ def test_products_taken_apart_are_the_low_rank_layer(biased: bool, seed: int) ->
     d = drawn(2, 3, 5, seed=seed + 9)
     torch.testing.assert_close(onto(d, x), d + F.linear(x, W, b))
     assert torch.autograd.gradcheck(onto, (d, x))
+    assert torch.autograd.gradcheck(lambda d, x: low_rank.linear_onto(2 * d, x, W, b, fresh=True), (d, x))
+    torch.testing.assert_close(low_rank.linear_onto(2 * d, x, W, b, fresh=True), 2 * d + F.linear(x, W, b))
 
 
 def test_a_scale_of_zero_has_its_gradient(seed: int) -> None:

@@ -96,9 +96,9 @@ class Frozen(Call):
             return None
         return route.reading.inner(self.caller, x, R)
 
-    def plus(self, x: Tensor, change: Tensor) -> Tensor:
+    def plus(self, x: Tensor, change: Tensor, fresh: bool = False) -> Tensor:
         W = self.matrix(x) if change.dtype == x.dtype else None
-        return self(x) + change if W is None else linear_onto(change, x, W, self.form.bias(self.module))
+        return super().plus(x, change) if W is None else linear_onto(change, x, W, self.form.bias(self.module), fresh)
 
     def rebuild(self, x: Tensor, build: Callable[[Tensor, Params], Tensor], p: Params) -> Tensor:
         if not isinstance(self.form, LinearForm) or not rebuilds(x):

@@ -77,9 +77,12 @@ class Call:
             return inner_products(x, [R])[0]
         return torch.nn.functional.linear(x, R.to(x.dtype)).reshape(-1, len(R)).t()
 
-    def plus(self, x: Tensor, change: Tensor) -> Tensor:
-        """call(x) + change."""
-        return self(x) + change
+    def plus(self, x: Tensor, change: Tensor, fresh: bool = False) -> Tensor:
+        """call(x) + change, for a change [..., out] or its rows [N, out].
+
+        A fresh one may be overwritten: nothing else holds it, and no gradient needs its values."""
+        y = self(x)
+        return y + change.reshape(y.shape)
 
     def rebuild(self, x: Tensor, build: Callable[[Tensor, Params], Tensor], p: Params) -> Tensor:
         """The layer's operation with the weight build(W, p) [out, in], which backward builds again instead of keeping it.

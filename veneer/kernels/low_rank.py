@@ -164,18 +164,22 @@ class _LinearOnto(torch.autograd.Function):
     """d + x Wᵀ + b: the layer's own product adds to what is there."""
 
     @staticmethod
-    def forward(ctx, d, x, W, b):
+    def forward(ctx, d, x, W, b, fresh):
         ctx.save_for_backward(W)
         ctx.shape, ctx.of = x.shape, d.shape
-        rows = d.reshape(-1, d.shape[-1])
-        return torch.addmm(rows if b is None else rows + b, x.reshape(-1, x.shape[-1]), W.t()).view(*x.shape[:-1], -1)
+        rows, inputs = d.reshape(-1, d.shape[-1]), x.reshape(-1, x.shape[-1])
+        if not fresh:
+            return torch.addmm(rows if b is None else rows + b, inputs, W.t()).view(*x.shape[:-1], -1)
+        ctx.mark_dirty(d)
+        (rows if b is None else rows.add_(b)).addmm_(inputs, W.t())
+        return d
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (W,) = ctx.saved_tensors
         gx = (grad.reshape(-1, grad.shape[-1]) @ W).view(ctx.shape) if ctx.needs_input_grad[1] else None
-        return grad.view(ctx.of) if ctx.needs_input_grad[0] else None, gx, None, None
+        return grad.view(ctx.of) if ctx.needs_input_grad[0] else None, gx, None, None, None
 
 
 def _factors(ctx, g, sources, t, u, needs_L, needs_R):
@@ -220,6 +224,7 @@ def add_outer(y: Tensor, t: Tensor, L: Tensor) -> Tensor:
     return _AddOuter.apply(y, t.to(y.dtype), L.to(y.dtype))
 
 
-def linear_onto(d: Tensor, x: Tensor, W: Tensor, b: Tensor | None) -> Tensor:
-    """d + x Wᵀ + b for d [..., out] (or its rows [N, out]), x [..., in]; W and b get no gradient."""
-    return _LinearOnto.apply(d, x, W, b)
+def linear_onto(d: Tensor, x: Tensor, W: Tensor, b: Tensor | None, fresh: bool = False) -> Tensor:
+    """d + x Wᵀ + b for d [..., out] (or its rows [N, out]), x [..., in]; W and b get no gradient. A fresh d is overwritten."""
+    y = _LinearOnto.apply(d, x, W, b, fresh and d.is_contiguous())
+    return y.view(*x.shape[:-1], -1)

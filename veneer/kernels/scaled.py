@@ -1,8 +1,9 @@
 """Low-rank terms scaled by trained vectors, and layers scaled output by output; the scaled product itself is not kept.
 
 `scaled_random`: ((t ⊙ d)ᵀ Bᵀ) ⊙ b for an inner product t = A xᵀ of fixed A and B. Bound, for N rows: 2·N·r·out operations
-forward and twice that backward (for u and for gᵀ (t ⊙ d)ᵀ, whose rows times those of B are b's gradient: cheaper to keep
-than the product [N, out]). Saved for backward are t [r, N] and the parameters.
+forward and as many backward for u. b's gradient needs the product before b: it is kept where it is no wider than 2 r, else had from
+gᵀ (t ⊙ d)ᵀ, whose rows times those of B are the same sums, for as many operations again. Saved for backward are t [r, N], the
+parameters and that product.
 
 `scaled_outer`: c ⊙ (x Wᵀ + tᵀ Lᵀ) + b. Bound: a pass over y and one over its gradient beside the low-rank form's. Saved for
 backward are y itself, of which c's gradient is made (most layers' outputs are kept by what reads them anyway), t and L.
@@ -31,18 +32,25 @@ def reference_outer(x: Tensor, W: Tensor, b: Tensor | None, c: Tensor, L: Tensor
     return y if b is None else y + b
 
 
+WIDE = 2
+"""Over how many times r outputs the product [N, out] is not kept but b's gradient had from another product."""
+
+
 class _ScaledRandom(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, t: Tensor, d: Tensor, B: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(t, d, B, b)
-        return (t * d[:, None]).t() @ (B * b[:, None]).t()
+        z = (t * d[:, None]).t() @ B.t()
+        ctx.save_for_backward(t, d, B, b, z if len(b) <= WIDE * len(d) and ctx.needs_input_grad[3] else None)
+        return z * b
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        t, d, B, b = ctx.saved_tensors
+        t, d, B, b, z = ctx.saved_tensors
         u = (B * b[:, None]).t() @ g.t()  # [r, N]
-        gb = (B * ((t * d[:, None]) @ g).t()).sum(1) if ctx.needs_input_grad[3] else None
+        gb = None
+        if ctx.needs_input_grad[3]:
+            gb = (g * z).sum(0) if z is not None else (B * ((t * d[:, None]) @ g).t()).sum(1)
         gd = (u * t).sum(1) if ctx.needs_input_grad[1] else None
         return u.mul_(d[:, None]) if ctx.needs_input_grad[0] else None, gd, None, gb
 

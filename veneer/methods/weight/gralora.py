@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 
 from veneer.errors import BadValue
 from veneer.init import kaiming_uniform, zeros
+from veneer.kernels.blocks import block_product
 from veneer.maths.factor import nearest_divisors
 from veneer.method import AdditiveMethod, Params
 from veneer.option import option
@@ -34,7 +35,6 @@ class GraLoRA(AdditiveMethod):
     hybrid_r: int = option(0, "rank h of a plain low-rank term beside the grid", ge=0)
     dropout: float = option(0.0, "dropout on what the factors read, in training", ge=0, lt=1)
 
-    recomputes = True
     sizes = ("r", "hybrid_r")
     default_targets = "attn.q attn.v attn.qkv cross.q cross.v"
     default_lr = 4e-4
@@ -81,9 +81,8 @@ class GraLoRA(AdditiveMethod):
         return torch.cat([L, self.scale * p["B_general"]], 1), torch.cat([R, p["A_general"]])
 
     def delta(self, x: Tensor, p: Params, site: Site) -> Tensor:
-        B, A = self.grid(p)
-        t = torch.einsum("...ni,niqu->...nqu", x.unflatten(-1, (self.k, -1)), A.to(x.dtype))
-        y = torch.einsum("...nqu,qnuo->...qo", t, B.to(x.dtype)).flatten(-2)
+        t = block_product(x, p["A"]).unflatten(-1, (self.k, self.k, -1))  # by columns of blocks, then by rows
+        y = block_product(t.transpose(-3, -2).flatten(-3), self.scale * p["B"])
         if not self.hybrid_r:
             return y
         return y + linear(linear(x, p["A_general"].to(x.dtype)), (self.scale * p["B_general"]).to(x.dtype))

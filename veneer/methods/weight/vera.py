@@ -55,7 +55,7 @@ class VeRA(LowRankMethod):
         lambda_b, lambda_d = p["lambda_b"], p["lambda_d"]
         t = call.inner(x, p["A"][: len(lambda_d), : site.in_features])
         y = scaled_random(t, lambda_d, p["B"][: len(lambda_b), : len(lambda_d)], lambda_b)
-        return call.plus(x, y.view(*x.shape[:-1], -1))
+        return call.plus(x, y, fresh=True)
 
     def adds(self, site: Site) -> bool:
         return site.kind == "linear" and not self.dropout
