@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import veneer
-from veneer.kernels import blocks, columns, low_rank, replay, scaled
+from veneer.kernels import blocks, columns, low_rank, replay, scale_rotate, scaled
 
 
 def drawn(*shape: int, seed: int, grad: bool = True) -> Tensor:
@@ -161,3 +161,24 @@ def test_layers_that_turn_out_to_read_different_inputs_are_parted(seed: int) -> 
         for part in parts:
             tuned.model.get_submodule(part.site.module)(drawn(1, 2, width, seed=seed, grad=False))
     assert parts[0].readers == parts[1].readers == []
+
+
+@pytest.mark.parametrize("shifted", (True, False))
+def test_scaling_keeps_its_result_and_has_the_plain_gradients(shifted: bool, seed: int) -> None:
+    h, g = drawn(2, 5, 8, seed=seed), drawn(8, seed=seed + 1)
+    b = drawn(8, seed=seed + 2) if shifted else None
+    torch.testing.assert_close(scale_rotate.scale(h, g, b), scale_rotate.scale_reference(h, g, b))
+    inputs = (h, g) if b is None else (h, g, b)
+    assert torch.autograd.gradcheck(lambda *t: scale_rotate.scale(*t), inputs)
+    gated = lambda h, *rest: scale_rotate.scale(F.silu(h) * (h + 1), *rest)  # noqa: E731  (made again in backward)
+    assert torch.autograd.gradcheck(gated, inputs)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = scale_rotate.scale(h, g, b)
+    assert any(t.data_ptr() == y.data_ptr() for t in kept) and not any(t.data_ptr() == h.data_ptr() for t in kept)
+
+
+def test_turning_keeps_its_result_and_has_the_plain_gradients(seed: int) -> None:
+    h, C, S = drawn(2, 5, 12, seed=seed), drawn(2, 1, 3, seed=seed + 1), drawn(2, 1, 3, seed=seed + 2)
+    torch.testing.assert_close(scale_rotate.rotate(h, C, S), scale_rotate.rotate_reference(h, C, S))
+    assert torch.autograd.gradcheck(scale_rotate.rotate, (h, C, S))

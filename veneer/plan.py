@@ -83,13 +83,18 @@ def calibrated(
     starts: dict,
     loss: Loss | None = None,
 ) -> list[tuple[Method, Site]]:
-    """Shows the method its sites' inputs (and its weights' gradients) on the given batches and takes its plan."""
+    """Shows the method its sites' inputs (and its weights' gradients) on the given batches and takes its plan.
+
+    They are those of the base alone: adapters that are attached already do not act."""
     if batches is None:
         raise BadValue(f"{part.label} starts from data: pass batches=[…] of model inputs to attach.")
     if any(p.is_meta for p in model.parameters()) and not any(hasattr(m, "_hf_hook") for m in model.modules()):
         raise Unsupported(f"{part.label} starts from data, and the model has no weights to run with yet (meta); fill it, then attach.")
     states: dict[str, Any] = {}
     with ExitStack() as undo:
+        slot = model._modules.get("veneer")
+        if isinstance(slot, Slot) and slot.tuned is not None:
+            undo.enter_context(slot.tuned.disabled())
         if part.calibrates:
             watch_inputs(model, found, states, undo)
         if part.reads_gradients:
@@ -142,11 +147,7 @@ def watch_inputs(model: nn.Module, found: Sequence[tuple[Method, Site]], states:
 def watch_gradients(model: nn.Module, found: Sequence[tuple[Method, Site]], states: dict[str, Any], undo: ExitStack) -> None:
     """Hands every site's weight and bias gradients to its method, tensor by tensor as backward reaches them; none is kept.
 
-    They are those of the base alone: adapters that are attached already do not act. A parameter that two layers share is
-    read once, for the first of them."""
-    slot = model._modules.get("veneer")
-    if isinstance(slot, Slot) and slot.tuned is not None:
-        undo.enter_context(slot.tuned.disabled())
+    A parameter that two layers share is read once, for the first of them."""
     readers: dict[int, tuple[nn.Parameter, list[Callable[[Tensor], None]]]] = {}
     owners: dict[int, str] = {}
     for special, site in found:

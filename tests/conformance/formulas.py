@@ -191,9 +191,12 @@ FORMULAS: dict[str, Formula] = {
     "dept": lambda m, sites: m.length * sites[0].in_features + m.r * (m.s + sites[0].in_features),
     "mam": _mix_and_match,
     "unipelt": _gated_union,
+    "ada-deft": lambda m, sites: len(sites),
     "light-peft": lambda m, sites: sum(s.heads if s.role == "attn.o" else s.in_features for s in sites),
     "context-peft": lambda m, sites: m.C * sum(m.r * (s.in_features + s.out_features) for s in sites),
     "ladder-side-tuning": _ladder,
     "p-tuning": lambda m, sites: m.length * sites[0].in_features + 3 * (sites[0].in_features ** 2 + sites[0].in_features),
+    "adamix": lambda m, sites: sum((m.N + 1) * m.m * s.out_features + m.N * m.m + s.out_features for s in sites),
+    "gps": lambda m, sites: m.K * sum(s.out_features for s in sites),  # at home there are no biases
     "vpt": lambda m, sites: len(sites) * m.length * sites[0].in_features,
 }

@@ -33,6 +33,11 @@ def kept(x: Tensor) -> tuple[Make, tuple[Tensor, ...]]:
     return make, tuple(t.detach() for t in sources)
 
 
+def keeps(make: Make) -> bool:
+    """Whether what `kept` gave is the input itself."""
+    return make is _first
+
+
 def times(u: Tensor, make: Make, sources: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
     """u x [r, d] for u [r, N] and the x of this shape [..., d], N rows, that `make` gives from the sources."""
     if make is _first:

@@ -11,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from veneer.kernels import scaled_output
 from veneer.kernels.dispatch import fused
+from veneer.kernels.eager import eager
 
 
 def scale_reference(h: Tensor, g: Tensor, b: Tensor | None = None) -> Tensor:
@@ -35,6 +37,8 @@ def scale(h: Tensor, g: Tensor, b: Tensor | None = None) -> Tensor:
         from veneer.kernels.triton.scale_rotate import scale as triton
 
         return triton(h, g, b)
+    if _plain(h, g, b):
+        return scaled_output.scale(h, g, b)
     return scale_reference(h, g, b)
 
 
@@ -44,4 +48,13 @@ def rotate(h: Tensor, C: Tensor, S: Tensor) -> Tensor:
         from veneer.kernels.triton.scale_rotate import rotate as triton
 
         return triton(h, C, S)
+    if C.shape[1] == S.shape[1] == 1 and _plain(h, C, S):
+        return scaled_output.turn(h, C[:, 0], S[:, 0])
     return rotate_reference(h, C, S)
+
+
+def _plain(h: Tensor, g: Tensor, other: Tensor | None) -> bool:
+    """Whether the function that does not keep h may run: training, one wide dtype."""
+    same = h.dtype == g.dtype and (other is None or other.dtype == h.dtype)
+    wide = h.dtype in (torch.float32, torch.float64)
+    return same and wide and g.requires_grad and torch.is_grad_enabled() and eager(h)

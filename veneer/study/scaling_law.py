@@ -147,7 +147,7 @@ def _trained(trainer: Trainer, folder: Path, progress: bool) -> list[Run]:
     tokens = {key: design.steps(key[2]) * design.context * design.batch_size for key in grid}
     weights = {size: sum(p.numel() for p in trainer.skeleton(size).parameters()) for size in design.sizes}
     left = [key for key in grid if key not in done]
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=Console(), disable=not progress)
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=Console(), disable=not (progress and left))
     with bar:
         if progress and len(left) < len(grid):
             bar.console.print(f"{len(grid) - len(left)} of {len(grid)} runs were finished before", highlight=False)

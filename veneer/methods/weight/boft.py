@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from veneer.init import ones, zeros
 from veneer.kernels.blocks import turned_by_blocks
+from veneer.kernels.scale_rotate import scale
 from veneer.maths.factor import divisors
 from veneer.maths.rotation import Rotation, cayley, width
 from veneer.method import Call, Params
@@ -79,7 +80,10 @@ class BOFT(Rotation):
             return y
         b = call.bias() if site.kind == "linear" else None
         h = y if b is None else y - b.to(y.dtype)
-        return torch.addcmul(y, h, (p["s"].squeeze(1) - 1).to(y.dtype))  # s h + b; in half precision 1 + a small step is 1
+        s = p["s"].squeeze(1)
+        if s.dtype == h.dtype:
+            return scale(h, s, None if b is None else b.to(h.dtype))
+        return torch.addcmul(y, h, (s - 1).to(y.dtype))  # s h + b; in half precision 1 + a small step is 1
 
 
 def _dealt(x: Tensor, rows: int, columns: int, size: int) -> Tensor:

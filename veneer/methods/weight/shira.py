@@ -93,5 +93,9 @@ class SHiRA(AdditiveMethod):
     def change(self, p: Params, site: Site) -> Tensor:
         return placed(p["v"], p["indices"], site.out_features, site.in_features)
 
+    def weight(self, W: Tensor, p: Params, site: Site | None = None) -> Tensor:
+        flat, v, at = W.flatten(1), p["v"], p["indices"]
+        return flat.flatten().index_add(0, at[0] * flat.shape[1] + at[1], v.to(W.dtype)).view(W.shape)
+
     def delta(self, x: Tensor, p: Params, site: Site) -> Tensor:
         return sparse_linear(x, p["v"], p["indices"], site.out_features)
