@@ -11,8 +11,8 @@ import torch
 from torch import Generator, Tensor
 
 from veneer.errors import BadValue, Unsupported
-from veneer.forms import ParameterForm
-from veneer.part import LAYERS, Part
+from veneer.part import Part
+from veneer.strategies.layer_dropping import kind
 from veneer.strategies.probing import agreed, undisturbed
 from veneer.strategy import Strategy
 
@@ -109,6 +109,7 @@ class LayerSampling(Strategy):
     def check(self) -> None:
         """Refuses adapters that have no layers to choose from, or layers whose answer cannot be damped."""
         limits = self.how.limits
+        assert self.tuned is not None
         if self.how.scored:
             if self.probe is None:
                 raise BadValue(
@@ -116,17 +117,10 @@ class LayerSampling(Strategy):
                     "training batch, or use ist(scored=False) to draw them uniformly."
                 )
             for part in (part for parts in self.parts.values() for part in parts):
-                if (kind := self.kind(part)) in limits:
-                    raise Unsupported(f"IST: {limits[kind]} (at {part.site.name}). ist(scored=False) draws layers uniformly.")
+                if (how := kind(self.tuned, part)) in limits:
+                    raise Unsupported(f"IST: {limits[how]} (at {part.site.name}). ist(scored=False) draws layers uniformly.")
         if not any(self.tensors.values()):
             raise Unsupported(f"IST: {limits['shared' if self.parts else 'layers']}.")
-
-    def kind(self, part: Part) -> str:
-        """The site's kind; "parameter" also for a layer whose owner reads its weight instead of calling it."""
-        if part.site.kind not in LAYERS or self.tuned is None:
-            return part.site.kind
-        slot: Any = self.tuned.model.get_submodule(part.site.module)._modules["veneer"]
-        return "parameter" if isinstance(slot.forms[part.site.parameter], ParameterForm) else part.site.kind
 
     def next(self) -> None:
         """Draws the layers of the next step."""

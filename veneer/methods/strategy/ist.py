@@ -45,6 +45,7 @@ class IST(StrategyMethod):
         effect = "so its effect cannot be damped to score layers"
         damped = {
             "attention": f"it adds keys and values and changes no layer's output, {effect}",
+            "between": f"it lengthens what blocks hand on, {effect}",
             "parameter": f"its weight is read from outside the layer, {effect}",
         }
         return layered | damped if self.scored else layered
