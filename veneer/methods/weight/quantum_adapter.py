@@ -10,7 +10,6 @@ from math import comb
 
 import torch
 from torch import Generator, Tensor
-from torch.utils.checkpoint import checkpoint
 
 from veneer.errors import BadValue
 from veneer.init import ones, uniform, zeros
@@ -27,7 +26,8 @@ class QuantumAdapter(OutputMethod):
 
     A^(k) is the k-th compound of A, the matrix of all its k×k minors: orthogonal where A is. Pick it for budgets some 40
     times below LoRA's when lengths and angles of features are to be kept: order 1 alone is OFT on the output side, higher
-    orders make the blocks much larger for the same numbers. Not where quality comes before size.
+    orders make the blocks much larger for the same numbers. Not where quality comes before size,
+    nor for memory: the output that is turned is kept for every layer.
 
     Tensors: Theta [P, N, n, n] (N = 1 with block_share), zeros: starts as the base. Only the skew part K = (Θ − Θᵀ)/2 has an
     effect: P·N·n² numbers are stored and P·N·n(n − 1)/2 of them count. n is the largest with Σ_k C(n, k) ≤ out / N; what a
@@ -51,6 +51,7 @@ class QuantumAdapter(OutputMethod):
     offset: bool = option(False, "shift the outputs between turns")
     module_dropout: float = option(0.0, "chance of leaving a whole layer as it is, in a training step", ge=0, lt=1)
 
+    recomputes = True
     sizes = ("P", "N")
     default_targets = "attn.q attn.v attn.qkv cross.q cross.v"
     aliases = {"r": "N", "n_blocks": "N", "num_adapters": "P", "use_scaling": "scaling", "use_offset_blocks": "offset"}
@@ -99,7 +100,7 @@ class QuantumAdapter(OutputMethod):
     def turn(self, h: Tensor, p: Params, site: Site) -> Tensor:
         with torch.autocast(h.device.type, enabled=False):
             A = self.small(p["Theta"])
-        made = checkpoint(compounds, A, self.orders, self.minors, use_reentrant=False)  # minors are many, and quickly made again
+        made = compounds(A, self.orders, self.minors)
         for i in range(len(A)):
             shift = i * site.out_features // self.P if self.offset else 0
             shifted = h.roll(-shift, -1) if shift else h
