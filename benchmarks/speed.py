@@ -363,7 +363,9 @@ def main() -> None:
     shape, key = SHAPES[options.shape], f"{options.shape}/{options.dtype}/{options.threads}"
     torch.manual_seed(0)
     base = shape.build().to(getattr(torch, options.dtype))
-    done = {} if options.again else stored(options.json).get(key, {}).get("rows", {})
+    done = stored(options.json).get(key, {}).get("rows", {})
+    if options.again:
+        done = {k: row for k, row in done.items() if options.only and k.partition("(")[0] not in options.only}
     about = {
         "torch": torch.__version__, "transformers": transformers.__version__, "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "batch": [shape.batch, shape.length], "rounds": options.rounds,
