@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_golden import FunctionCall, site
-from tiny import SUBJECTS, loss
+from tiny import SUBJECTS, loss, moved
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
@@ -20,14 +20,6 @@ from veneer.strategies.unmasking import budgeted
 from veneer.tuned import Tuned
 
 BERT = SUBJECTS["bert"]
-
-
-def moved(tuned: Tuned, seed: int = 1) -> Tuned:
-    generator = Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in tuned.parameters():
-            p.add_(0.2 * torch.empty(p.shape).normal_(generator=generator).to(p))
-    return tuned
 
 
 def step(tuned: Tuned, optimiser: torch.optim.Optimizer) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_golden import Case, DenseCall, site
-from tiny import SUBJECTS, loss
+from tiny import SUBJECTS, loss, moved
 from torch import Generator, Tensor
 from torch.utils.checkpoint import CheckpointError
 
@@ -24,14 +24,6 @@ LLAMA = SUBJECTS["llama"]
 
 def method(**hyper: Any) -> Method:
     return registry.method("context-peft", **hyper)
-
-
-def moved(tuned: Tuned, seed: int = 1) -> Tuned:
-    generator = Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in tuned.parameters():
-            p.add_(0.2 * torch.empty(p.shape).normal_(generator=generator).to(p))
-    return tuned
 
 
 def on_llama(spec: str = "context-peft(r=3)") -> Tuned:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import SUBJECTS, WIDTH, loss, t5
-from torch import Generator, Tensor, nn
+from tiny import SUBJECTS, WIDTH, loss, moved, t5
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import veneer
@@ -15,14 +15,6 @@ import veneer.registry as registry
 from veneer.errors import BadValue
 from veneer.maths.passengers import joined, parted
 from veneer.tuned import Tuned
-
-
-def moved(tuned: Tuned, seed: int = 1) -> Tuned:
-    generator = Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in tuned.parameters():
-            p.add_(0.2 * torch.empty(p.shape).normal_(generator=generator).to(p))
-    return tuned
 
 
 def blocks_of(tuned: Tuned) -> list[nn.Module]:

@@ -64,6 +64,15 @@ def loss(model: nn.Module, batch: dict[str, Tensor], seed: int = 0) -> Tensor:
     return F.cross_entropy(rows.to(torch.promote_types(rows.dtype, torch.float32)), wanted)
 
 
+def moved(tuned: Any, seed: int = 1, size: float = 0.2, name: str | None = None) -> Any:
+    """The adapter, every trained tensor moved by small random numbers, so that zero-initialised ones act."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in tuned.parameters(name):
+            parameter.add_(size * torch.empty(parameter.shape).normal_(generator=generator).to(parameter))
+    return tuned
+
+
 def spread(model: nn.Module, seed: int = 1) -> nn.Module:
     """Random weights: matrices N(0, 1/in), gains around 1, everything else N(0, 0.1²)."""
     generator = torch.Generator().manual_seed(seed)

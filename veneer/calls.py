@@ -66,7 +66,7 @@ class Frozen(Call):
         return not self.options and not self.rest and self.slot.plain
 
     def add_low_rank(self, x: Tensor, L: Tensor, R: Tensor, inner: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
-        W = self.form.as_it_is(self.module, x) if self.bare else None
+        W = self.matrix(x)
         if gain is not None:
             if W is None or inner is not None:
                 return gained(self.add_low_rank(x, L, R, inner), gain, self.bias())

@@ -69,7 +69,7 @@ class LinearForm(Form):
 
     def as_it_is(self, module: nn.Module, x: Tensor) -> Tensor | None:
         W = module._parameters["weight"]
-        return None if W is None or W.dtype != x.dtype or torch.is_autocast_enabled(x.device.type) else self.seen(W.detach())
+        return None if W is None or W.dtype != x.dtype else self.seen(W.detach())
 
 
 class TransposedForm(LinearForm):

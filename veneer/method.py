@@ -187,6 +187,9 @@ class Method:
     trains_heads: ClassVar[bool] = False
     """True for the one method that trains a model's own task head beside any other method."""
 
+    widens: ClassVar[bool] = False
+    """True if `turn` or `activation` computes in the tensors' dtype by itself where a fused kernel runs: h then comes in its own."""
+
     last_counts: ClassVar[bool] = False
     """True if a run keeps the state of its last step, not of the best one measured on the way."""
 
@@ -397,8 +400,6 @@ class OutputMethod(WeightMethod):
     """W_eff = Qᵀ W: the layer's output without its bias, h, becomes h Q. Give `turn`; the bias is turned too if `turns_bias`."""
 
     turns_bias: ClassVar[bool] = False
-    widens: ClassVar[bool] = False
-    """True if `turn` computes in the tensors' dtype by itself where a fused kernel runs: h then comes in its own."""
 
     def turn(self, h: Tensor, p: Params, site: Site) -> Tensor:
         """h Q, linear in h, [..., out] → [..., out]; h comes in the tensors' dtype."""
@@ -426,8 +427,6 @@ class ActivationMethod(Method):
     """h → h′ on a layer's output (channels last). Give `activation`, and `fold` where the layer before it can absorb it."""
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv", "norm", "embedding")
-    widens: ClassVar[bool] = False
-    """True if `activation` computes in the tensors' dtype by itself where a fused kernel runs: h then comes in its own."""
 
     def activation(self, h: Tensor, p: Params, site: Site) -> Tensor:
         """The changed output, [..., out] → [..., out]; h comes in the tensors' dtype."""

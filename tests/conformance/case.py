@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tiny import SUBJECTS, Subject, dtype_of, loss
+from tiny import SUBJECTS, Subject, dtype_of, loss, moved
 from torch import Tensor, nn
 
 import veneer
@@ -73,6 +73,14 @@ class Case:
             self.subject = SUBJECTS[home(self.slug)]
         self.method = fitted(self.slug, self.subject.name, self.targets)
 
+    @classmethod
+    def of(cls, spec: str, seed: int, subject: str) -> Case:
+        """A method with these hyper-parameters, as they are, on a model family."""
+        method = veneer.parse(spec)
+        case = cls(method.slug, seed, SUBJECTS[subject])
+        case.method = method
+        return case
+
     @property
     def card(self) -> registry.Card:
         return registry.card(self.slug)
@@ -107,11 +115,8 @@ def attach(model: nn.Module, method: Method, subject: Subject, name: str = "defa
 
 
 def stir(tuned: Tuned, name: str, seed: int, size: float = 0.15) -> None:
-    """Moves every trained tensor of an adapter by small random numbers, so that zero-initialised ones act."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in tuned.parameters(name):
-            parameter.add_(size * torch.empty(parameter.shape).normal_(generator=generator).to(parameter))
+    """Moves every trained tensor of an adapter, so that its effect shows."""
+    moved(tuned, seed, size, name)
 
 
 @functools.cache

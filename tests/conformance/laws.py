@@ -626,6 +626,12 @@ def _out_of_range(limits: Any) -> Iterator[Any]:
 
 ON_LAYERS = ("identity", "step", "gradients", "definition", "save", "merge", "unmerge", "two", "rows", "disable", "weighted")
 """Laws that must hold on every kind of layer."""
+OF_WEIGHTS = (
+    "identity", "step", "gradients", "definition", "save", "merge", "unmerge", "two", "rows", "weighted", "compile", "ckpt", "bf16",
+    "count",
+)  # fmt: skip
+"""Laws to hold under other hyper-parameters of methods that change weights."""
+
 ON_FAMILIES = ("identity", "step", "gradients", "save", "merge", "unmerge", "rows")
 """Laws that must hold with a method's own targets on every family of models."""
 

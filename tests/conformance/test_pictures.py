@@ -8,8 +8,6 @@ from laws import LAWS, declared
 from tiny import ROWS, SUBJECTS, Subject, vit
 from torch import empty
 
-import veneer
-
 SUBJECTS.setdefault(
     "picture",
     Subject(
@@ -44,8 +42,6 @@ SETTINGS = {
 )
 @pytest.mark.parametrize("spec", SETTINGS)
 def test_setting(spec: str, law: str, seed: int) -> None:
-    method = veneer.parse(spec)
-    case = Case(method.slug, seed, SUBJECTS[SETTINGS[spec]])
-    case.method = method
+    case = Case.of(spec, seed, SETTINGS[spec])
     if declared(case, law) is None:
         LAWS[law](case)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import pytest
 from case import Case
-from laws import LAWS, declared, refused
-from tiny import SUBJECTS
-
-import veneer
+from laws import LAWS, OF_WEIGHTS, declared, refused
 
 SETTINGS = {
     "spt(r=1, alpha=100, budget=0.1)": "vit",
@@ -19,30 +16,10 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(
-    "law",
-    [
-        "identity",
-        "step",
-        "gradients",
-        "definition",
-        "save",
-        "merge",
-        "unmerge",
-        "two",
-        "rows",
-        "weighted",
-        "compile",
-        "ckpt",
-        "bf16",
-        "count",
-    ],
-)
+@pytest.mark.parametrize("law", OF_WEIGHTS)
 @pytest.mark.parametrize("spec", SETTINGS)
 def test_setting(spec: str, law: str, seed: int) -> None:
-    method = veneer.parse(spec)
-    case = Case(method.slug, seed, SUBJECTS[SETTINGS[spec]])
-    case.method = method
+    case = Case.of(spec, seed, SETTINGS[spec])
     reason = declared(case, law)
     if reason is None:
         LAWS[law](case)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import pytest
 from case import Case
-from laws import LAWS
-from tiny import SUBJECTS
-
-import veneer
+from laws import LAWS, OF_WEIGHTS
 
 SETTINGS = {
     "paca(r=5, alpha=7)": "gpt2",
@@ -21,28 +18,8 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize(
-    "law",
-    [
-        "identity",
-        "step",
-        "gradients",
-        "definition",
-        "save",
-        "merge",
-        "unmerge",
-        "two",
-        "rows",
-        "weighted",
-        "compile",
-        "ckpt",
-        "bf16",
-        "count",
-    ],
-)
+@pytest.mark.parametrize("law", OF_WEIGHTS)
 @pytest.mark.parametrize("spec", SETTINGS)
 def test_setting(spec: str, law: str, seed: int) -> None:
-    method = veneer.parse(spec)
-    case = Case(method.slug, seed, SUBJECTS[SETTINGS[spec]])
-    case.method = method
+    case = Case.of(spec, seed, SETTINGS[spec])
     LAWS[law](case)

@@ -5,9 +5,6 @@ from __future__ import annotations
 import pytest
 from case import Case
 from laws import LAWS, declared
-from tiny import SUBJECTS
-
-import veneer
 
 SETTINGS = {
     "wara(form='feature', r=2, wavelet='db2')": "llama",
@@ -35,8 +32,6 @@ SETTINGS = {
 @pytest.mark.parametrize("law", ["identity", "step", "gradients", "definition", "save", "merge", "rows", "compile", "ckpt", "bf16"])
 @pytest.mark.parametrize("spec", SETTINGS)
 def test_setting(spec: str, law: str, seed: int) -> None:
-    method = veneer.parse(spec)
-    case = Case(method.slug, seed, SUBJECTS[SETTINGS[spec]])
-    case.method = method
+    case = Case.of(spec, seed, SETTINGS[spec])
     if declared(case, law) is None:
         LAWS[law](case)

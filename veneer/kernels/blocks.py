@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from veneer.kernels.eager import eager
 from veneer.kernels.replay import kept
 
 
@@ -32,55 +33,37 @@ def _blocks(x: Tensor, n: int) -> Tensor:
     return x.reshape(-1, n, x.shape[-1] // n).transpose(0, 1)
 
 
-class _Turn(torch.autograd.Function):
+class _Blocks(torch.autograd.Function):
+    """x blockdiag(C), or with `add` x (I + blockdiag(C))."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, C: Tensor) -> Tensor:
-        ctx.shape = x.shape
+    def forward(ctx: Any, x: Tensor, C: Tensor, add: bool) -> Tensor:
+        ctx.add = add
         ctx.make, sources = kept(x) if ctx.needs_input_grad[1] else (None, ())
         ctx.save_for_backward(C, *sources)
-        return _turned(x, C)
+        return _multiplied(x, C, add)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         C, *sources = ctx.saved_tensors
-        gx = _turned(grad, C.mT) if ctx.needs_input_grad[0] else None
-        if not sources:
-            return gx, None
-        x, k = ctx.make(sources), C.shape[-1]
-        if len(C) == 1:
-            return gx, (x.reshape(-1, k).t() @ grad.reshape(-1, k))[None]
-        return gx, torch.bmm(_blocks(x, len(C)).mT, _blocks(grad, len(C)))
+        gx, gC = _multiplied(grad, C.mT, ctx.add) if ctx.needs_input_grad[0] else None, None
+        if sources:
+            x, (n, k, l) = ctx.make(sources), C.shape
+            shared = (x.reshape(-1, k).t() @ grad.reshape(-1, l))[None] if n == 1 else None
+            gC = torch.bmm(_blocks(x, n).mT, _blocks(grad, n)) if shared is None else shared
+        return gx, gC, None
 
 
-def _turned(x: Tensor, C: Tensor) -> Tensor:
-    k = C.shape[-1]
-    if len(C) == 1:
+def _multiplied(x: Tensor, C: Tensor, add: bool) -> Tensor:
+    n, k, l = C.shape
+    if n == 1:  # one block for all of x's
         rows = x.reshape(-1, k)
-        return torch.addmm(rows, rows, C[0]).view(x.shape)
-    y = x.clone(memory_format=torch.contiguous_format)
-    y.view(-1, len(C), k).transpose(0, 1).baddbmm_(_blocks(x, len(C)), C)
-    return y
-
-
-class _Product(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, C: Tensor) -> Tensor:
-        ctx.shape = x.shape
-        ctx.make, sources = kept(x) if ctx.needs_input_grad[1] else (None, ())
-        ctx.save_for_backward(C, *sources)
-        return _multiplied(x, C)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        C, *sources = ctx.saved_tensors
-        gx = _multiplied(grad, C.mT) if ctx.needs_input_grad[0] else None
-        return gx, torch.bmm(_blocks(ctx.make(sources), len(C)).mT, _blocks(grad, len(C))) if sources else None
-
-
-def _multiplied(x: Tensor, C: Tensor) -> Tensor:
-    n, _, l = C.shape
+        return (torch.addmm(rows, rows, C[0]) if add else rows @ C[0]).view(*x.shape[:-1], -1)
+    if add:
+        y = x.clone(memory_format=torch.contiguous_format)
+        y.view(-1, n, k).transpose(0, 1).baddbmm_(_blocks(x, n), C)
+        return y
     y = x.new_empty(*x.shape[:-1], n * l)
     torch.bmm(_blocks(x, n), C, out=y.view(-1, n, l).transpose(0, 1))
     return y
@@ -88,13 +71,13 @@ def _multiplied(x: Tensor, C: Tensor) -> Tensor:
 
 def turned_by_blocks(x: Tensor, C: Tensor) -> Tensor:
     """x (I + blockdiag(C)) for x [..., n·k] and C [n, k, k], or one block [1, k, k] for all. C is cast to x's dtype."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if not eager(x):
         return reference_turn(x, C.to(x.dtype))
-    return _Turn.apply(x, C.to(x.dtype))
+    return _Blocks.apply(x, C.to(x.dtype), True)
 
 
 def block_product(x: Tensor, C: Tensor) -> Tensor:
     """x blockdiag(C) for x [..., n·k] and C [n, k, l] → [..., n·l]. C is cast to x's dtype."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+    if not eager(x):
         return reference_product(x, C.to(x.dtype))
-    return _Product.apply(x, C.to(x.dtype))
+    return _Blocks.apply(x, C.to(x.dtype), False)

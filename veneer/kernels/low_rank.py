@@ -190,8 +190,6 @@ def _factors(ctx, g, sources, t, u, needs_L, needs_R):
 
 def low_rank_linear(x: Tensor, W: Tensor, b: Tensor | None, L: Tensor, R: Tensor) -> Tensor:
     """x Wᵀ + b + (x Rᵀ) Lᵀ; W and b get no gradient. L and R are cast to x's dtype."""
-    if not eager(x):
-        return linear(x, W, b) + linear(linear(x, R.to(x.dtype)), L.to(x.dtype))
     return _LowRankLinear.apply(x, W, b, L.to(x.dtype), R.to(x.dtype))
 
 
