@@ -18,7 +18,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from speed import ALL, NUMBERS, SHAPES, Step, ours
+from speed import ALL, NUMBERS, SHAPES, Step, in_turn, ours
 from torch import nn
 
 from veneer.study.report import replace_text
@@ -87,13 +87,7 @@ def main() -> None:
         except Exception as error:
             print(f"| {label} | {type(error).__name__}: {str(error)[:120]} |" + " |" * 6, flush=True)
             continue
-        times: dict[str, list[float]] = {who: [] for who in steps}
-        for step in (floor, *steps.values()):
-            step()
-        for _ in range(options.rounds):
-            ground = floor()
-            for who, step in steps.items():
-                times[who].append(step() / ground)
+        times = in_turn(floor, steps, options.rounds)
         middle = {who: statistics.median(t) for who, t in times.items()}
         ratio = statistics.median(a / b for a, b in zip(times["veneer"], times["adapters"]))
         rows.append({"method": label, "trained": facts["trained"], "theirs": trained, "step": middle, "saved": saved, "ratio": ratio})

@@ -291,6 +291,18 @@ def measure(base: nn.Module, shape: Shape, rounds: int, only: list[str], done: d
         print(line(done[label]), flush=True)
 
 
+def in_turn(floor: Step, steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Each step's time over the floor's of the same round, round by round."""
+    for one in (floor, *steps.values()):
+        one()  # warm up
+    times: dict[str, list[float]] = {who: [] for who in steps}
+    for _ in range(rounds):
+        ground = floor()
+        for who, step in steps.items():
+            times[who].append(step() / ground)
+    return times
+
+
 def compared(
     base: nn.Module, shape: Shape, rounds: int, floor: Step, ground: dict[str, int], label: str, spec: str, config: Any
 ) -> dict[str, Any]:
@@ -307,13 +319,7 @@ def compared(
         steps[who] = Step(model, shape)
         steps[who]()
         row[who] = {**facts, "saved": steps[who].saved() / ground["saved"], "peak": peak_bytes(steps[who]) / ground["peak"]}
-    times: dict[str, list[float]] = {who: [] for who in steps}
-    for one in (floor, *steps.values()):
-        one()  # warm up
-    for _ in range(rounds):
-        ground = floor()
-        for who, step in steps.items():
-            times[who].append(step() / ground)
+    times = in_turn(floor, steps, rounds)
     for who in steps:
         row[who]["step"] = statistics.median(times[who])
     if "peft" in times:

@@ -193,6 +193,9 @@ class Method:
     last_counts: ClassVar[bool] = False
     """True if a run keeps the state of its last step, not of the best one measured on the way."""
 
+    prunes: ClassVar[bool] = False
+    """True for a method that trains what `veneer.slim` prunes by, at the end of a stack."""
+
     default_lr: ClassVar[float] = 1e-3
     """Learning rate for AdamW when the user gives none."""
 

@@ -174,17 +174,18 @@ def _begun_by(folder: str) -> dict[str, Any]:
 
 
 def _check_slim(folder: str, spec: list[tuple[str, dict[str, Any]]]) -> None:
-    """Refuses a run that cannot be pruned, and methods other than its own: only the ratios of light-peft may change."""
+    """Refuses a run that cannot be pruned, and methods other than its own: only what it is pruned by may change."""
+    from veneer import registry
     from veneer.spec import parse_spec
     from veneer.train.outcome import Outcome
 
     before = parse_spec(Outcome.load(folder).method)
-    if "light-peft" not in [slug for slug, _ in before]:
+    pruning = {slug for slug, _ in before if registry.load(slug).prunes}
+    if not pruning:
         raise BadValue(f"--slim {folder}: that run trained no masks to prune by. Its method has to end in '+ light-peft'.")
-    if [part for part in spec if part[0] != "light-peft"] != [part for part in before if part[0] != "light-peft"] or len(spec) != len(
-        before
-    ):
-        raise BadValue(f"--slim {folder}: its modules go on; give --method only to change what stands in light-peft(…).")
+    trained, given = ([part for part in parts if part[0] not in pruning] for parts in (before, spec))
+    if given != trained or len(spec) != len(before):
+        raise BadValue(f"--slim {folder}: its modules go on; give --method only to change what stands in {', '.join(pruning)}(…).")
 
 
 def _number(value: Any) -> Any:

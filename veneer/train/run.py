@@ -176,12 +176,12 @@ class Run:
         return [{k: v.to(device) for k, v in collate(part).items()} for part in parts]
 
     def slimmed(self, model: Any, method: Method, batch: dict[str, Any]) -> Tuned:
-        """The model and adapter of the run that this one goes on from, pruned as this one's light-peft says."""
+        """The model and adapter of the run that this one goes on from, pruned as this one's method says."""
         import veneer
 
         assert self.recipe.slim is not None
         before = veneer.load(model, Path(self.recipe.slim) / ADAPTER)
-        rule = next(part for part in method.parts if part.slug == "light-peft")
+        rule = next(part for part in method.parts if part.prunes)
         size = before.base_size()
         tuned = veneer.slim(before, batch=batch, **{f.name: getattr(rule, f.name) for f in dataclasses.fields(rule)})
         self.say(f"Pruned: {tuned.base_size():,} of the base's {size:,} parameters are left")

@@ -62,6 +62,7 @@ class LightPEFT(InputMethod):
         "rank_pruning_ratio": "rho_r",
     }
     last_counts: ClassVar[bool] = True
+    prunes: ClassVar[bool] = True
     """A training loop that keeps the best of its steps should keep the last one instead: masks settle late."""
 
     def check(self, site: Site) -> None:
