@@ -64,9 +64,8 @@ class DenseCall(Call):
             return F.conv2d(x, W, b, **(self.options or {}))
         return F.linear(x, W, b) if x.is_floating_point() else F.embedding(x, W.T)
 
-    def add_low_rank(self, x: Tensor, L: Tensor, R: Tensor, inner: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
-        y = self(x) + DenseCall((L @ R).reshape(self.W.shape), None, self.options)(x if inner is None else inner)
-        return y if gain is None else gain * y + (0 if self.b is None else (1 - gain) * self.b)
+    def add_low_rank(self, x: Tensor, L: Tensor, R: Tensor, inner: Tensor | None = None) -> Tensor:
+        return self(x) + DenseCall((L @ R).reshape(self.W.shape), None, self.options)(x if inner is None else inner)
 
 
 @dataclass

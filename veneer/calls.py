@@ -27,11 +27,6 @@ def rebuilds(x: Tensor) -> bool:
     return x.is_floating_point() and eager(x)
 
 
-def gained(y: Tensor, gain: Tensor, b: Tensor | None) -> Tensor:
-    """A layer's output y [..., out] with everything but its bias multiplied."""
-    return gain * y if b is None else gain * y + b * (1 - gain)
-
-
 class Frozen(Call):
     """The frozen layer itself."""
 
@@ -65,12 +60,8 @@ class Frozen(Call):
         """Whether calling it is x Wᵀ + b and nothing else."""
         return not self.options and not self.rest and self.slot.plain
 
-    def add_low_rank(self, x: Tensor, L: Tensor, R: Tensor, inner: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
+    def add_low_rank(self, x: Tensor, L: Tensor, R: Tensor, inner: Tensor | None = None) -> Tensor:
         W = self.matrix(x)
-        if gain is not None:
-            if W is None or inner is not None:
-                return gained(self.add_low_rank(x, L, R, inner), gain, self.bias())
-            return scaled_outer(x, W, self.form.bias(self.module), gain, self.inner(x, R), L)
         if inner is None and W is None and self.bare:
             y = self.form.packed_low_rank(self.module, x, L, R)
             if y is not None:
@@ -81,6 +72,12 @@ class Frozen(Call):
         if W is None or inner is not None:
             return self.form.low_rank(self.module, self(x), x if inner is None else inner, L, R)
         return low_rank_linear(x, W, self.form.bias(self.module), L, R)
+
+    def gain_low_rank(self, x: Tensor, L: Tensor, R: Tensor, gain: Tensor) -> Tensor:
+        W = self.matrix(x)
+        if W is None:
+            return super().gain_low_rank(x, L, R, gain)
+        return scaled_outer(x, W, self.form.bias(self.module), gain, self.inner(x, R), L)
 
     def matrix(self, x: Tensor) -> Tensor | None:
         return self.form.as_it_is(self.module, x) if self.bare and eager(x) else None
@@ -133,9 +130,7 @@ class Rows(Call):
         b = self.bias() if bias is KEEP else bias
         return F.linear(x, W.to(x.dtype), None if b is None else b.to(x.dtype))
 
-    def add_low_rank(self, x: Tensor, L: Tensor, R: Tensor, inner: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
-        if gain is not None:
-            return gained(self.add_low_rank(x, L, R, inner), gain, self.bias())
+    def add_low_rank(self, x: Tensor, L: Tensor, R: Tensor, inner: Tensor | None = None) -> Tensor:
         return self.whole.form.low_rank(self.whole.module, self(x), x if inner is None else inner, L, R)
 
     def rebuild(self, x: Tensor, build: Callable[[Tensor, Params], Tensor], p: Params) -> Tensor:
@@ -175,9 +170,7 @@ class Link(Call):
         W, b = self._folded() if weight is KEEP or bias is KEEP else (None, None)
         return self.below.apply(x, W if weight is KEEP else weight, b if bias is KEEP else bias)
 
-    def add_low_rank(self, x: Tensor, L: Tensor, R: Tensor, inner: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
-        if gain is not None:
-            return gained(self.add_low_rank(x, L, R, inner), gain, self.bias())
+    def add_low_rank(self, x: Tensor, L: Tensor, R: Tensor, inner: Tensor | None = None) -> Tensor:
         return self.form.low_rank(self.module, self(x), x if inner is None else inner, L, R)
 
 

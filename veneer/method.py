@@ -60,12 +60,16 @@ class Call:
         """The layer's operation with another weight [out, in] or bias [out] in place of its own."""
         raise NotImplementedError
 
-    def add_low_rank(self, x: Tensor, L: Tensor, R: Tensor, inner: Tensor | None = None, gain: Tensor | None = None) -> Tensor:
+    def add_low_rank(self, x: Tensor, L: Tensor, R: Tensor, inner: Tensor | None = None) -> Tensor:
         """call(x) + (inner Rᵀ) Lᵀ without forming L R; L [out, r], R [r, in]; inner is x unless given (dropout).
 
-        With a gain [out] (linear layers only) everything but the bias is multiplied by it.
         A factor that needs no gradient costs nothing to keep: x is saved only for R's, inner Rᵀ only for L's."""
         raise NotImplementedError
+
+    def gain_low_rank(self, x: Tensor, L: Tensor, R: Tensor, gain: Tensor) -> Tensor:
+        """`add_low_rank` of a linear layer with everything but the bias multiplied by gain [out]."""
+        y, b = self.add_low_rank(x, L, R), self.bias()
+        return gain * y if b is None else gain * y + b * (1 - gain)
 
     def matrix(self, x: Tensor) -> Tensor | None:
         """The frozen weight [out, in], where calling it is x Wᵀ + b with it as it stands: for fused functions. Else None."""

@@ -84,7 +84,7 @@ class DoRA(WeightMethod):
         c, b = self.gain(call.weight(), p), call.bias()
         drops = bool(self.dropout) and call.training and x.is_floating_point()
         if site.kind == "linear" and not drops and not self.magnitude_only:
-            return call.add_low_rank(x, self.scale * p["B"], p["A"], gain=c)
+            return call.gain_low_rank(x, self.scale * p["B"], p["A"], c)
         wide = (-1, *(1,) * len(site.kernel))  # channels are axis 1 of a convolution's output, the last axis elsewhere
         c, rest = c.reshape(wide), None if b is None else (b * (1 - c)).reshape(wide)  # the bias is not rescaled
         if not drops or self.magnitude_only:
