@@ -23,6 +23,8 @@ Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
 
 def choose_sites(method: Method, sites: Sequence[Site], head: bool | str, allow_unmatched: bool) -> list[tuple[Method, list[Site]]]:
     """The method's parts, each with the sites it acts on; one more for the task's own head where it is to train."""
+    if not any(part.targets or part.default_targets for part in method.parts):  # a head that comes along is none of its own
+        raise NoMatch(f"{method.label} trains nothing by itself: add it to a method, as in 'lora + {method.spec}'.")
     chosen = []
     for part in method.parts:
         if allow_unmatched and part.targets is not None:

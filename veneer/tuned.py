@@ -50,10 +50,6 @@ class Tuned:
                 self._places.place(adapter, index, part, found, source)
             if not adapter.trained():
                 count = len(adapter.parts)
-                if not count and not any(p.default_targets for p, _, _ in planned):
-                    raise NoMatch(
-                        f"{adapter.method.label} trains nothing by itself: add it to a method, as in 'lora + {adapter.method.spec}'."
-                    )
                 raise NoMatch(f"{adapter.method.label}: the {count} sites chosen have nothing to train; choose other targets.")
         except BaseException:
             self._places.drop(adapter)
