@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -82,6 +83,19 @@ class Part:
         axes = {name: 0 if name in self.keys else None for name in self.tensors()}
         folded = torch.vmap(lambda w, p: self.method.fold(w, None, p, self.site)[0], in_dims=(0, axes))
         return folded(W, self.tensors()), b
+
+
+@contextmanager
+def responding(parts: Sequence[Part], respond: Respond) -> Iterator[None]:
+    """These parts' changes made into something else, inside the `with` block."""
+    before = [part.respond for part in parts]
+    for part in parts:
+        part.respond = respond
+    try:
+        yield
+    finally:
+        for part, old in zip(parts, before):
+            part.respond = old
 
 
 def compute_dtype(W: Tensor) -> torch.dtype:

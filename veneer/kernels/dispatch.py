@@ -9,6 +9,8 @@ import os
 import torch
 from torch import Tensor, nn
 
+from veneer.kernels.eager import eager
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -17,8 +19,7 @@ def fused(*tensors: Tensor) -> bool:
     first = tensors[0]
     return (
         first.is_cuda
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled("cuda")
+        and eager(first)
         and os.environ.get("VENEER_TRITON", "1") != "0"
         and all(type(t) in (Tensor, nn.Parameter) and t.device == first.device and t.dtype in DTYPES for t in tensors)
         and _present()

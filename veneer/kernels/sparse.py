@@ -36,6 +36,11 @@ def _rows(values: Tensor, indices: Tensor, out: int, inside: int) -> Tensor:
     return torch.sparse_csr_tensor(ends, indices[1].contiguous(), values, (out, inside), check_invariants=False)
 
 
+def denser(n: int, out: int, inside: int) -> bool:
+    """Whether n entries of [out, in] are so many that the dense matrix is cheaper: a sparse product runs below a dense one's rate."""
+    return 16 * n > out * inside
+
+
 def _flat(x: Tensor) -> Tensor:
     """[..., d] → [rows, d] in a dtype that sparse products know."""
     return x.reshape(-1, x.shape[-1]).to(torch.promote_types(x.dtype, torch.float32))

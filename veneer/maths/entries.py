@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from veneer.init import zeros
-from veneer.kernels.sparse import placed, sparse_linear
+from veneer.kernels.sparse import denser, placed, sparse_linear
 from veneer.method import AdditiveMethod, Call, Params
 from veneer.option import option
 from veneer.site import Site
@@ -92,7 +92,7 @@ class Entries(AdditiveMethod):
             return call.apply(x, weight=W, bias=b)
         if "v" not in p:
             return self.shifted(call(x), p, site)
-        if 16 * self.entries > site.out_features * site.in_features:  # a sparse product runs below a dense one's rate
+        if denser(self.entries, site.out_features, site.in_features):
             own = {k: p[k] for k in ("v", "indices", "columns")}
             return self.shifted(call.rebuild(x, lambda W, p: self.weight(W, p, site), own), p, site)
         return call(x) + self.delta(x, p, site)

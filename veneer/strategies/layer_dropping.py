@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from veneer.errors import BadValue, Unsupported
 from veneer.forms import ParameterForm
-from veneer.part import LAYERS, Part
+from veneer.part import LAYERS, Part, responding
 from veneer.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -46,15 +46,8 @@ def lower(tuned: Tuned, n: int, name: str | None = None) -> Iterator[None]:
     layers = by_layer(tuned, name or tuned.active[0])
     if not 0 <= n <= len(layers):
         raise BadValue(f"lower: n={n} layers cannot be left out; the adapter has {len(layers)}, choose 0 … {len(layers)}.")
-    parts = [part for layer in layers[:n] for part in layer]
-    before = [part.respond for part in parts]
-    for part in parts:
-        part.respond = lambda base, y: base
-    try:
+    with responding([part for layer in layers[:n] for part in layer], lambda base, y: base):
         yield
-    finally:
-        for part, old in zip(parts, before):
-            part.respond = old
 
 
 class LayerDropping(Strategy):

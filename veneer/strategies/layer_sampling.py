@@ -11,7 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from veneer.errors import BadValue, Unsupported
-from veneer.part import Part
+from veneer.part import Part, responding
 from veneer.strategies.layer_dropping import kind
 from veneer.strategies.probing import agreed, undisturbed
 from veneer.strategy import Strategy
@@ -66,14 +66,8 @@ def damped(parts: Sequence[Part], beta: float) -> Iterator[None]:
             raise Unsupported("IST: a method adds tokens between the layers, so its effect has no size to damp; use ist(scored=False).")
         return base + beta * (y - base)
 
-    before = [part.respond for part in parts]
-    for part in parts:
-        part.respond = respond
-    try:
+    with responding(parts, respond):
         yield
-    finally:
-        for part, old in zip(parts, before):
-            part.respond = old
 
 
 class LayerSampling(Strategy):

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 
 from veneer.errors import BadValue
 from veneer.init import zeros
-from veneer.kernels.sparse import placed, sparse_linear
+from veneer.kernels.sparse import denser, placed, sparse_linear
 from veneer.maths.grids import damped
 from veneer.maths.hadamard import core, core_order, transform
 from veneer.maths.quantised_start import GridStart
@@ -115,6 +115,6 @@ class QWHA(GridStart):
         return sparse_linear(z.to(x.dtype), self.scale / (n * out) ** 0.5 * p["c"], p["E"].t(), out)
 
     def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
-        if 16 * p["c"].numel() > site.out_features * site.in_features:  # a sparse product runs below a dense one's rate
+        if denser(p["c"].numel(), site.out_features, site.in_features):
             return super().forward(call, x, p, site)
         return self.below(call, x, p) + self.delta(x, p, site)

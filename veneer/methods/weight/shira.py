@@ -8,7 +8,7 @@ import torch
 from torch import Generator, Tensor
 
 from veneer.init import zeros
-from veneer.kernels.sparse import placed, sparse_linear
+from veneer.kernels.sparse import denser, placed, sparse_linear
 from veneer.method import AdditiveMethod, Call, Params
 from veneer.option import option
 from veneer.site import Site
@@ -86,7 +86,7 @@ class SHiRA(AdditiveMethod):
         return site.kind == "linear"
 
     def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
-        if 16 * p["v"].numel() > site.out_features * site.in_features:  # a sparse product runs below a dense one's rate
+        if denser(p["v"].numel(), site.out_features, site.in_features):
             return call.rebuild(x, lambda W, p: self.weight(W, p, site), p)
         return super().forward(call, x, p, site)
 
