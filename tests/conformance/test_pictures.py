@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 from case import Case
 from laws import LAWS, declared
@@ -12,7 +14,7 @@ SUBJECTS.setdefault(
     "picture",
     Subject(
         "picture",
-        lambda depth, width: vit(depth, width, image_size=16),
+        functools.partial(vit, image_size=16),
         lambda generator: {"pixel_values": empty(ROWS, 3, 16, 16).normal_(generator=generator)},
     ),
 )

@@ -52,9 +52,11 @@ class QuantisedStart(WeightMethod):
         raise NotImplementedError
 
     def init_from_weight(self, W: Tensor, b: Tensor | None, p: Params, site: Site, generator: Generator) -> Params:
+        own = {k: t for k, t in p.items() if k != "S"}
+        if W.is_meta:
+            return own
         refuse_twice(self, W, site)
         S = p.get("S")
-        own = {k: t for k, t in p.items() if k != "S"}
         made = self.made(W, S if S is not None and bool(S.any()) else None, own, site)
         return {k: made[k].to(t.dtype) for k, t in own.items()}
 
@@ -116,5 +118,5 @@ class GridStart(QuantisedStart):
 
 def refuse_twice(method: Method, W: Tensor, site: Site) -> None:
     """Raises `BadValue` for a weight that a 4-bit format has rounded before."""
-    if rounded_before(W):
+    if not W.is_meta and rounded_before(W):  # a weight without values is asked again when they come
         raise method.refuse(f"{method.limits['bnb4']} {{at}}.", site)

@@ -117,7 +117,7 @@ def _numbers(part: Method, found: Sequence[Site], model: nn.Module | None, by_sh
         shared = {group: source.shared(part, group, members) for group, members in groups.items()}
         total = sum(_size(part, p) for p in shared.values())
         for site in found:
-            module: Any = _module(model, site) if model is not None and reads else None
+            module: Any = _module(model, site) if model is not None and (reads or site.kind == "model") else None
             shape = replace(site, name="", module="", entry="", depth=None, index=0, ordinal=0), getattr(module, "bias", None) is None
             alike = seen.setdefault(shape, set())
             if by_shape and alike:
