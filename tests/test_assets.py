@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from veneer import assets
+from veneer import assets, assets_music, assets_speech
 from veneer.errors import BadFile, MissingExtra
 
 
@@ -30,6 +30,9 @@ def test_a_missing_carrier_names_the_install_line(name: str, tmp_path: Path, mon
     monkeypatch.setenv("VENEER_ASSETS", str(tmp_path))
     monkeypatch.setattr(assets, "search_places", lambda: [tmp_path])
     monkeypatch.setattr(assets, "FASHION_FOLDER", tmp_path / "nowhere")
+    monkeypatch.setattr(assets_speech, "SHARE", tmp_path / "nowhere")
+    monkeypatch.setattr(assets_music, "SOUND_FONT", tmp_path / "nowhere")
+    monkeypatch.setattr("veneer.assets_points.FURNITURE_FOLDER", tmp_path / "nowhere")
     assert not assets.available(name)
     with pytest.raises(MissingExtra) as caught:
         assets._CARRIERS[name]()

@@ -465,7 +465,7 @@ def test_conv_adapter_refusals() -> None:
     assert "choose 3 or 5" in refusal(lambda: registry.method("conv-adapter", kernel=4))
     assert "norm=False" in refusal(lambda: registry.method("conv-adapter", form="deep", norm=True))
     deep, model = registry.method("conv-adapter", form="deep"), SUBJECTS["llama"].build()
-    assert "choose form='pointwise'" in refusal(lambda: veneer.attach(model, deep, head=False))
+    assert "choose causal=True or form='pointwise'" in refusal(lambda: veneer.attach(model, deep, head=False))
     method = registry.method("conv-adapter", m=2)
     p = first(method, BLOCK)
     assert "choose dims=2" in refusal(lambda: method.forward(SAME, draw(2, 8, 4, 4), p, BLOCK))

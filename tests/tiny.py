@@ -157,7 +157,7 @@ def t5(depth: int = 2, width: int = WIDTH, **changes: Any) -> nn.Module:
     return T5ForConditionalGeneration(T5Config(**options | changes))
 
 
-# -- images and plain torch -----------------------------------------------------------------------------------
+# -- images, points and plain torch -----------------------------------------------------------------------------
 
 
 def images(generator: torch.Generator) -> dict[str, Tensor]:
@@ -213,6 +213,20 @@ def encoder(depth: int = 2, width: int = WIDTH) -> nn.Module:
     return nn.TransformerEncoder(layer, depth)
 
 
+def points(generator: torch.Generator) -> dict[str, Tensor]:
+    return {"points": torch.empty(ROWS, 24, 3).uniform_(-1, 1, generator=generator)}
+
+
+def point_mae(depth: int = 2, width: int = WIDTH, **changes: Any) -> nn.Module:
+    from veneer.models.point_mae import PointMAEConfig, PointMAEForPointCloudClassification
+
+    options: dict[str, Any] = dict(
+        num_points=24, num_groups=8, group_size=4, hidden_size=width, num_hidden_layers=depth, num_attention_heads=4, mlp_ratio=2,
+        point_widths=[8, 8, 16], head_widths=[], drop_path_rate=0.0, num_labels=LABELS,
+    )  # fmt: skip
+    return PointMAEForPointCloudClassification(PointMAEConfig(**options | changes))
+
+
 SUBJECTS: dict[str, Subject] = {
     s.name: s
     for s in (
@@ -222,5 +236,6 @@ SUBJECTS: dict[str, Subject] = {
         Subject("convnet", ConvNet, images),
         Subject("gpt2", gpt2, tokens),
         Subject("encoder", encoder, hidden),
+        Subject("points", point_mae, points),
     )
 }

@@ -27,6 +27,7 @@ _HOME = {
     "Tuned": "tuned",
     "load": "store",
     "slim": "pruned.slim",
+    "reversible": "streams.wrap",
     "Method": "method",
     "WeightMethod": "method",
     "AdditiveMethod": "method",
@@ -64,12 +65,13 @@ if TYPE_CHECKING:
     from veneer.spec import parse
     from veneer.store import load
     from veneer.strategy import Strategy
+    from veneer.streams.wrap import reversible
     from veneer.tuned import Tuned
 
 __all__ = [
     "ActivationMethod", "AdditiveMethod", "InputMethod", "LowRankMethod", "Method", "OutputMethod", "PromptMethod", "SelectionMethod",
     "Site", "Stack", "Strategy", "Tuned", "VeneerError", "WeightMethod", "attach", "fill", "load", "method", "methods", "of", "pack",
-    "parse", "register", "slim",
+    "parse", "register", "reversible", "slim",
 ]  # fmt: skip
 
 

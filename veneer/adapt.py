@@ -54,7 +54,8 @@ def attach(
         method = parse(method)
     check_name(name, tuned)
     sites = anatomy.sites(model, roles)
-    chosen = choose_sites(method, sites, head, allow_unmatched)
+    attached = {other: adapter.sites for other, adapter in tuned.adapters.items()}
+    chosen = choose_sites(method, sites, head, allow_unmatched, attached)
     check_overrides(overrides or {}, chosen)
     method = stacked([part for part, _ in chosen])
     planned = [(part, [special_at(part, site, overrides) for site in found]) for part, found in chosen]

@@ -308,10 +308,10 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
     return handle.read()
 
 
-def _converted(name: str, convert: Callable[[Path], None]) -> Path:
-    """The cache folder of a converted model; made in a temporary folder and renamed, so that it is whole or not there."""
+def _converted(name: str, convert: Callable[[Path], None], file: str = "model.safetensors") -> Path:
+    """The cache folder of a converted model; made in a temporary folder and renamed, so that it is whole (`file` is there) or not there."""
     done = cache_folder() / name
-    if (done / "model.safetensors").is_file():
+    if (done / file).is_file():
         return done
     done.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=done.parent))
@@ -320,8 +320,15 @@ def _converted(name: str, convert: Callable[[Path], None]) -> Path:
         work.chmod(0o755)
         work.rename(done)
     except OSError:
-        if not (done / "model.safetensors").is_file():  # another process may have been first
+        if not (done / file).is_file():  # another process may have been first
             raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return done
+
+
+import veneer.assets_diffusion  # noqa: E402
+import veneer.assets_music  # noqa: E402
+import veneer.assets_phenology  # noqa: E402
+import veneer.assets_points  # noqa: E402
+import veneer.assets_speech  # noqa: E402, F401  (each adds its own to the tables above)

@@ -195,6 +195,21 @@ def linked(call: Call, parts: Sequence[Part], form: Form, module: nn.Module) -> 
     return call
 
 
+class Others:
+    """What other adapters make of the layer where a part acts."""
+
+    def __init__(self, part: Part, slot: Slot, module: nn.Module):
+        self.part, self.slot, self.module = part, slot, module
+
+    def __call__(self, below: Call, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        site, found = self.part.site, {}
+        for name in names:
+            here = [p for p in self.slot.parts.get(name, ()) if p.site.name == site.name]
+            if here:
+                found[name] = linked(below, here, self.slot.forms.get(site.parameter, Form()), self.module)(x)
+        return found
+
+
 def mixed(base: Call, x: Tensor, links: Sequence[tuple[Call, float]]) -> Tensor:
     """One adapter as it is; several as base + Σ weight · (adapted − base), each generated from the frozen layer."""
     if not links:

@@ -209,7 +209,9 @@ def is_quantised(module: nn.Module) -> bool:
 
 
 def form_of(module: nn.Module, kind: str, parameter: str) -> Form:
-    """The form for a site of this kind on this module."""
+    """The form for a site of this kind on this module, which may bring one of its own."""
+    if hasattr(module, "veneer_form"):
+        return module.veneer_form()  # type: ignore[operator]
     if kind == "linear" and parameter == "weight" and not read_from_outside(module):
         if type(module).__name__.removeprefix("Adapted") == "Conv1D":
             return TransposedForm()

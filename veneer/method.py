@@ -21,6 +21,7 @@ from veneer.site import Site, choose
 
 if TYPE_CHECKING:
     from veneer.part import Part
+    from veneer.seam import Change
     from veneer.strategy import Strategy
 
 Params: TypeAlias = dict[str, Tensor]
@@ -88,11 +89,28 @@ class Call:
         y = self(x)
         return y + change.reshape(y.shape)
 
+    def between(self, x: Tensor, change: Change | None, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """A block's output for x [B, T, D] where h, its stream behind attention, becomes that of fewer tokens before the feed-forward.
+
+        change(h, keys) gives them, [B, T′, D], and the new row of every old one, [B, T], which is handed back; keys [B, T,
+        head_dim] are the heads' mean. bias [B, T] is added to every score of a key. For methods whose `splits_blocks` holds."""
+        seam = None if self.caller is None else self.caller.seam
+        if seam is None:
+            raise Unsupported("only a block of a method whose `splits_blocks` holds can be entered between its sub-layers.")
+        return seam.run(self, x, change, bias)
+
     def rebuild(self, x: Tensor, build: Callable[[Tensor, Params], Tensor], p: Params) -> Tensor:
         """The layer's operation with the weight build(W, p) [out, in], which backward builds again instead of keeping it.
 
         `build` must give the same weight both times: no dropout in it."""
         return self.apply(x, weight=build(self.weight(), p))
+
+    def others(self, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+        """This layer's output for x with each of these adapters in the caller's place, by name; those that do not act here are
+        left out. For methods whose `mixes` holds."""
+        if self.caller is None or self.caller.others is None:
+            raise Unsupported("only a method whose `mixes` holds is shown what other adapters make of a layer.")
+        return self.caller.others(self, x, names)
 
     def note(self, key: str, value: Tensor) -> None:
         """Leaves a tensor of this forward pass for the method's strategy (`Tuned.notes`); the next pass replaces it."""
@@ -196,6 +214,24 @@ class Method:
 
     last_counts: ClassVar[bool] = False
     """True if a run keeps the state of its last step, not of the best one measured on the way."""
+
+    splits_blocks: ClassVar[bool] = False
+    """True for a method of blocks that changes the number of tokens inside them: it uses `call.between`, alone in its stack."""
+
+    proportional = False  # not annotated: a method's own option may have the name
+    """Whether such a method weighs keys, which the model's attention must then allow."""
+
+    mixes: ClassVar[bool] = False
+    """True for a method that answers from other adapters' outputs, `call.others`: it is asked `among` in place of `select`."""
+
+    @property
+    def relies_on(self) -> tuple[str, ...]:
+        """Names of the adapters that must be attached for as long as this one is."""
+        return ()
+
+    def among(self, adapters: Mapping[str, Sequence[Site]]) -> tuple[Method, list[Site]]:
+        """For a method that mixes: itself with the names of those it will mix, and its sites, from the adapters attached and theirs."""
+        raise NotImplementedError
 
     prunes: ClassVar[bool] = False
     """True for a method that trains what `veneer.slim` prunes by, at the end of a stack."""
@@ -442,7 +478,7 @@ class ActivationMethod(Method):
     def forward(self, call: Call, x: Tensor, p: Params, site: Site) -> Tensor:
         h = call(x)
         h = widened(h, p, self.widens)  # 1 + a small step must not round to 1
-        if site.kind == "conv":  # channels are axis 1 there
+        if site.kind == "conv" or site.channels_first:  # channels are axis 1 there
             return self.activation(h.movedim(1, -1), p, site).movedim(-1, 1)
         return self.activation(h, p, site)
 
@@ -471,6 +507,14 @@ class PromptMethod(Method):
     @property
     def gates(self) -> bool:
         return type(self).gate is not PromptMethod.gate
+
+    stands_beside: ClassVar[bool] = False
+    """True for a method of attention whose tokens have a softmax of their own: `tokens` and `beside` instead of `keys_values`."""
+
+    def beside(self, q: Tensor, keys: Tensor, values: Tensor, p: Params, site: Site) -> Tensor:
+        """For one attention module: what is added to its heads' output, [B, heads, T, head_dim], from the scaled queries q of that
+        shape and the keys and values [P, kv_heads, head_dim] that the module's own projections make of `tokens` [P, D]."""
+        raise NotImplementedError
 
     def text_shift(self, p: Params, site: Site, length: int) -> Tensor | None:
         """For the model: what is added to the embeddings of the text's own tokens, [length, D] from its first token on; None: nothing.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from veneer.method import Method, Params
+from veneer.seam import Seam
 from veneer.site import Site
 
 LAYERS = ("linear", "conv", "embedding", "norm")
@@ -18,6 +19,9 @@ LAYERS = ("linear", "conv", "embedding", "norm")
 
 Respond: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(output of the layer below, adapted output) → what stands for the adapted output: damps a change, or only looks at it."""
+
+Others: TypeAlias = Callable[[Any, Tensor, Sequence[str]], dict[str, Tensor]]
+"""(the layer below, its input, names of adapters) → the layer's output with each of those that act there."""
 
 
 class Tensors(nn.Module):
@@ -63,6 +67,10 @@ class Part:
         """What the method left of the last forward pass for its strategy."""
         self.readers: list[Part] = []
         """Parts that read the same input as this one, itself among them; none if it is alone."""
+        self.seam: Seam | None = None
+        """Where the method enters a block, if it does."""
+        self.others: Others | None = None
+        """What other adapters make of the layer, for a method that mixes them."""
         self.respond: Respond | None = None
         """What a strategy makes of the change here, for as long as it is set."""
 

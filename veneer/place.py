@@ -7,16 +7,20 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from veneer import anatomy, prompts
 from veneer.adapter import Adapter
-from veneer.errors import Unsupported
+from veneer.beside import projections
+from veneer.calls import Others
+from veneer.errors import NoMatch, Unsupported
 from veneer.forms import read_from_outside
 from veneer.layer import adapt, restore, slot_of
 from veneer.method import Method
 from veneer.part import Part, Tensors
 from veneer.reading import introduce
 from veneer.route import Route
+from veneer.seam import Seam, open_seam
 from veneer.site import Site
 from veneer.slot import Slot
 from veneer.source import Source, cast_like, like_of
@@ -40,10 +44,16 @@ class Places:
         self.model, self.route = model, route
         self.configs: list[tuple[Any, str]] = []
         self.eager_layers: list[tuple[nn.Module, Any]] = []
+        self.seams: dict[str, Seam] = {}
+        self.hooks: list[RemovableHandle] = []
 
     def place(self, adapter: Adapter, index: int, part: Method, found: Sequence[tuple[Method, Site]], source: Source) -> None:
         """Puts one part's tensors where they belong; `source` makes them or has them from a file."""
         root = slot_of(self.model, self.route)
+        absent = [name for name in part.relies_on if name not in root.tuned.adapters]
+        if absent:
+            said = ", ".join(map(repr, absent))
+            raise NoMatch(f"{part.label} mixes {said}, not attached to this model; attach or load them under these names first.")
         found = [(special, replace(site, ordinal=n)) for n, (special, site) in enumerate(found)]
         groups: dict[str, list[Site]] = {}
         for special, site in found:
@@ -60,6 +70,8 @@ class Places:
             if without_values(holder, shared[group]):
                 adapter.waiting.append(WaitingShared(module, members[0], source, holder, shared[group], part, group, members))
         attention: list[Slot] = []
+        enters = part.splits_blocks or getattr(part, "stands_beside", False)
+        sites = anatomy.sites(self.model) if enters else []
         for special, site in found:
             module, slot = self._slot(site)
             keys = shared[special.tie(site)]
@@ -70,21 +82,31 @@ class Places:
             names = {name: holder.hold(name, cast_like(t, like, module), trained(special, name)) for name, t in p.items()}
             piece = Part(index, special, site, holder, names, ours, keys)
             slot.add(adapter.name, piece, module)
+            if site.kind == "model":
+                slot.whole.room(piece)  # type: ignore[union-attr]
+            piece.others = Others(piece, slot, module) if special.mixes else None
             adapter.parts.append(piece)
             if without_values(holder, names):
                 adapter.waiting.append(WaitingOwn(module, site, source, holder, names, piece, slot))
             if site.kind == "attention":
                 attention.append(slot)
+                if special.stands_beside and not slot.projections:  # type: ignore[attr-defined]
+                    slot.projections = projections(self.model, site, sites, special.label)
                 if special.gates:  # type: ignore[attr-defined]
                     self._enter(site)
             if site.kind == "branch":
                 self._enter(site)
+            if site.kind == "block":
+                self._alone(slot, adapter.name, special)
+                piece.seam = self._seam(special, site, sites) if special.splits_blocks else None
         introduce(piece for piece in adapter.parts if piece.index == index)
         if attention:
             self.configs += prompts.route_attention(self.model)
             shift = part.shift_positions  # type: ignore[attr-defined]
             if shift or (shift is None and any(s.causal and s.side == "" for _, s in found)):
-                prompts.install_shift(self.model, attention)
+                prompts.install_shift(self.model, attention).room(
+                    next(p for p in adapter.parts if p.index == index and p.site.kind == "attention")
+                )
 
     def _slot(self, site: Site) -> tuple[nn.Module, Slot]:
         """The module a site acts on, adapted as its kind needs."""
@@ -113,6 +135,20 @@ class Places:
         if site.name not in slot.entries:
             slot.entries.append(site.name)
 
+    def _alone(self, slot: Slot, adapter: str, special: Method) -> None:
+        """Refuses a method that changes the number of tokens inside blocks beside others that act on whole blocks."""
+        there = [p.method for p in slot.parts[adapter] if p.site.kind == "block"]
+        if len(there) > 1 and any(m.splits_blocks for m in there):
+            names = " + ".join(m.label for m in there)
+            raise Unsupported(f"{names}: one of them changes the number of tokens inside blocks, so no other may act on whole blocks.")
+
+    def _seam(self, special: Method, site: Site, sites: Sequence[Site]) -> Seam:
+        """The seam of a block, opened once."""
+        if site.module not in self.seams:
+            self.seams[site.module], hooks = open_seam(self.model, site, sites, special.proportional, special.label)
+            self.hooks += hooks
+        return self.seams[site.module]
+
     def _leave_fast_path(self, site: Site) -> None:
         """`nn.TransformerEncoderLayer` reads its layers' weights itself in evaluation: keep it on the ordinary path."""
         path = site.module
@@ -138,4 +174,6 @@ class Places:
             config._attn_implementation_internal = implementation
         for layer, flag in self.eager_layers:
             layer.activation_relu_or_gelu = flag
-        self.configs, self.eager_layers = [], []
+        for hook in self.hooks:
+            hook.remove()
+        self.configs, self.eager_layers, self.seams, self.hooks = [], [], {}, []

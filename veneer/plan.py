@@ -21,13 +21,23 @@ Loss: TypeAlias = Callable[[nn.Module, Any], Tensor]
 """(model, batch) → the task loss, a scalar."""
 
 
-def choose_sites(method: Method, sites: Sequence[Site], head: bool | str, allow_unmatched: bool) -> list[tuple[Method, list[Site]]]:
-    """The method's parts, each with the sites it acts on; one more for the task's own head where it is to train."""
+def choose_sites(
+    method: Method,
+    sites: Sequence[Site],
+    head: bool | str,
+    allow_unmatched: bool,
+    adapters: Mapping[str, Sequence[Site]] | None = None,
+) -> list[tuple[Method, list[Site]]]:
+    """The method's parts, each with the sites it acts on; one more for the task's own head where it is to train.
+
+    `adapters` are those attached already, by name, with their sites."""
     if not any(part.targets or part.default_targets for part in method.parts):  # a head that comes along is none of its own
         raise NoMatch(f"{method.label} trains nothing by itself: add it to a method, as in 'lora + {method.spec}'.")
     chosen = []
     for part in method.parts:
-        if allow_unmatched and part.targets is not None:
+        if part.mixes:
+            part, found = part.among(adapters or {})
+        elif allow_unmatched and part.targets is not None:
             lenient = replaced(part, {"targets": " ".join(t.removesuffix("?") + "?" for t in tokens_of(part.targets))})
             found = lenient.select(sites)
         else:
@@ -37,7 +47,7 @@ def choose_sites(method: Method, sites: Sequence[Site], head: bool | str, allow_
     covered = {s.module for part, found in chosen for s in found}
     if heads and head is not False and (head is True or not any(s.module in covered for s in heads)):
         part = registry.head_method()
-        chosen.append((part, part.select(sites)))
+        chosen.append((part, [s for s in part.select(sites) if s.trainable_head]))  # not a language model's own beside it
     return chosen
 
 

@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from veneer.beside import with_beside
 from veneer.errors import Unsupported
 from veneer.layer import adapt
 from veneer.part import Part
+from veneer.positions import positions_of
 from veneer.route import Active, Route
 from veneer.slot import Slot
 
@@ -84,6 +86,7 @@ class Backbone:
         self.causal, self.keeps, self.encoder = causal, keeps, encoder
         self.attention: list[Slot] = []
         self.offset = first_position(module)
+        self.positions_there = positions_of(module, self.offset)
 
     def __call__(self, slot: Slot, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         kwargs = {**dict(zip(slot.arguments, args)), **kwargs}
@@ -94,6 +97,12 @@ class Backbone:
 
     def below(self, slot: Slot, module: nn.Module, kwargs: dict[str, Any]) -> Any:
         return slot.frozen(module, **self.shifted(slot.route, kwargs, slot.arguments))
+
+    def room(self, part: Part) -> None:
+        """Raises `BadValue` for a part whose learned tokens, or the shift of its keys, leave no position for text."""
+        method: Any = part.method
+        table = method.tokens(part.tensors(), part.site) if part.site.kind == "model" else method.keys_values(part.tensors(), part.site)[0]
+        self.positions_there.leave_room(method.label, table.shape[-2])
 
     def prompts(self, slot: Slot, batch: int) -> tuple[Tensor | None, Tensor | None]:
         def table(active: Active) -> Tensor | None:
@@ -135,6 +144,7 @@ class Backbone:
         if prompts is None:
             return self.below(slot, module, kwargs)
         count, at, past = prompts.shape[1], self.at(parts), cached_length(kwargs)
+        self.positions_there.leave_room(who(parts), count, past + length - count if past else length)
         mask = kwargs.get("attention_mask")
         if mask is None and visible is not None:
             kwargs["attention_mask"] = given.new_ones((batch, length + (past - count if past else 0)), dtype=torch.long)
@@ -216,12 +226,19 @@ class Backbone:
         keys, visible = per_row(route, batch, functools.partial(shifting_keys, self.attention[0]))
         if keys is None:
             return kwargs
+        shifting = [p for parts in self.attention[0].parts.values() for p in parts if p.site.kind == "attention"]
+        self.positions_there.leave_room(who(shifting), keys.shape[1], cached_length(kwargs) + length)
         own = torch.full((batch, 1), keys.shape[1], device=given.device) if visible is None else visible.sum(1, keepdim=True)
         positions = kwargs.get("position_ids")
         if positions is None:
             start = cached_length(kwargs) + self.offset
             positions = torch.arange(start, start + length, device=given.device).expand(batch, length)
         return {**kwargs, "position_ids": positions + own}
+
+
+def who(parts: Sequence[Part]) -> str:
+    """The methods of these parts, for messages."""
+    return " + ".join(dict.fromkeys(p.method.label for p in parts))
 
 
 def tokens_in(slot: Slot) -> list[Part]:
@@ -255,7 +272,8 @@ def prefix_of(slot: Slot, batch: int) -> tuple[Tensor | None, Tensor | None, Ten
     captured = {name: slot.route.captured.pop(name) for name in names if name in slot.route.captured}
 
     def table(active: Active) -> Tensor | None:
-        return joined([(keys_and_values(p, captured), w) for parts, w in slot.chosen(active, ("attention",)) for p in parts])
+        found = [(p, w) for parts, w in slot.chosen(active, ("attention",)) for p in parts if not p.method.stands_beside]  # type: ignore[attr-defined]
+        return joined([(keys_and_values(p, captured), w) for p, w in found])
 
     both, visible = per_row(slot.route, batch, table)
     if both is None:
@@ -329,7 +347,8 @@ def attention(implementation: str) -> Callable[..., Any]:
             return below(module, query, key, value, attention_mask, **kwargs)
         keys, values, visible = prefix_of(slot, query.shape[0])
         if keys is None or values is None:
-            return below(module, query, key, value, attention_mask, **kwargs)
+            output, weights = below(module, query, key, value, attention_mask, **kwargs)
+            return with_beside(slot, query, output, kwargs.get("scaling")), weights
         count, sizes = keys.shape[1], (keys.shape[1], query.shape[2], key.shape[2])
         heads = (query.shape[0], count, key.shape[1], -1)
         flash = "flash" in implementation and attention_mask is None and visible is None
@@ -341,6 +360,7 @@ def attention(implementation: str) -> Callable[..., Any]:
         if kwargs.get("position_bias") is not None:
             kwargs["position_bias"] = F.pad(kwargs["position_bias"], (count, 0))
         output, weights = below(module, query, key, value, attention_mask, **kwargs)
+        output = with_beside(slot, query, output, kwargs.get("scaling"))
         return output, None if weights is None else weights[..., count:]
 
     return forward
@@ -413,11 +433,12 @@ def install_tokens(model: nn.Module, causal: bool) -> nn.Module:
     return encoder
 
 
-def install_shift(model: nn.Module, attention: Sequence[Slot]) -> None:
+def install_shift(model: nn.Module, attention: Sequence[Slot]) -> Backbone:
     """Lets the backbone start its text behind attention prompts."""
     backbone = backbone_of(model)
-    slot = install(backbone, model, Backbone(backbone, True)).veneer
-    slot.whole.attention = list(attention)  # type: ignore[union-attr]
+    whole: Backbone = install(backbone, model, Backbone(backbone, True)).veneer.whole  # type: ignore[union-attr, assignment]
+    whole.attention = list(attention)
+    return whole
 
 
 def install(module: nn.Module, model: nn.Module, backbone: Backbone) -> nn.Module:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from veneer.errors import BadFile, BadValue, MissingExtra, UnknownName, nearest
+from veneer.names import known_as, sentence
 from veneer.option import check
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ class Card:
         real = self.aliases.get(name, name)
         if real in known:
             return known[real]
-        raise UnknownName(f"{self.class_name} has no option {name!r}.{nearest(name, [*known, *self.aliases])} It has: {', '.join(known)}.")
+        has = f"{nearest(name, [*known, *self.aliases])} It has: {', '.join(known)}." if known else " It has none."
+        raise UnknownName(f"{self.class_name} has no option {name!r}.{has}")
 
     def check(self, name: str, value: Any) -> tuple[str, Any]:
         """The hyper-parameter's own name and its value. Raises `UnknownName` or `BadValue`."""
@@ -118,13 +120,18 @@ def methods() -> list[Card]:
 
 
 def card(slug: str) -> Card:
-    """One method's card. Raises `UnknownName` with the nearest slugs."""
+    """One method's card, by its name or by a qualified one where several papers share it ("deft-density").
+
+    Raises `UnknownName` with the nearest slugs, or with the papers that the name may mean."""
     known = slug.lower().replace("_", "-")
-    if known in _registered:
-        return _registered[known][0]
-    if known in _places():
-        return _read(known)
-    raise UnknownName(f"There is no method {slug!r}.{nearest(known, _slugs())} `veneer methods` lists them all.")
+    for name in (known, known_as(known)):
+        if name in _registered:
+            return _registered[name][0]
+        if name in _places():
+            return _read(name)
+    raise UnknownName(
+        sentence(known, _slugs()) or f"There is no method {slug!r}.{nearest(known, _slugs())} `veneer methods` lists them all."
+    )
 
 
 def load(slug: str) -> type[Method]:

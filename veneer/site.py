@@ -45,6 +45,7 @@ ROLES: dict[str, str] = {
     "mlp": "a whole feed-forward sub-layer",
     "block": "one repeated block",
     "model": "the whole model: its input tokens",
+    "stream": "the stream beside a block of a model that `veneer.reversible` made reversible",
     "pooler": "pooling projection between backbone and head",
     "head": "task or language-model head",
     "parameter": "a bare parameter (class token, layer scale …)",
@@ -79,10 +80,12 @@ class Site:
         causal: whether that attention is causal; of layers, sub-layers and blocks, whether their tokens see only earlier ones.
         post: for norms, True when it normalises the sum of a sub-layer's output and its residual (post-norm blocks);
             for branches, True when such a norm follows.
+        channels_first: of norms, whether channels are axis 1 of what they read, as in convolutional networks.
         side: `encoder` or `decoder` in models that have both, else "".
         trainable_head: True for a `head` that belongs to the task and not to the pretrained model.
         index, length: position of the block in its stack and the stack's number of blocks.
         ordinal: position among the sites the method chose (set by the frame).
+        tokens: for a block, how many tokens it reads, where the method that chose it found out; else 0.
     """
 
     name: str
@@ -104,11 +107,13 @@ class Site:
     head_dim: int = 0
     causal: bool = False
     post: bool = False
+    channels_first: bool = False
     side: str = ""
     trainable_head: bool = False
     index: int = 0
     length: int = 0
     ordinal: int = 0
+    tokens: int = 0
 
     @staticmethod
     def bare(W, kernel: tuple[int, ...] = ()) -> Site:

@@ -48,6 +48,7 @@ class Slot(nn.Module):
         self.substitutes: dict[str, Any] = {}
         self.whole: Callable[[Slot, nn.Module, tuple, dict[str, Any]], Any] | None = None
         self.batch_dim = 0
+        self.projections: tuple[tuple[nn.Module, slice], ...] = ()
 
     def forward(self, x: Any) -> Any:
         """Nothing: an `nn.Sequential` runs all of its children, this one too."""
@@ -112,6 +113,10 @@ class Slot(nn.Module):
     def run(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.whole is not None:
             return self.whole(self, module, args, kwargs)
+        return self.run_here(module, args, kwargs)
+
+    def run_here(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """The module with its own adapters, whatever runs it as a whole."""
         if self.has(("block",)):
             return self.run_block(module, args, kwargs)
         place = hidden_place(module, args, kwargs)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import ast
 import operator
 import re
+from collections.abc import Callable
 from functools import reduce
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from veneer.errors import BadValue, VeneerError
-from veneer.registry import card, load
+from veneer.registry import Card, card, load
 
 if TYPE_CHECKING:
     from veneer.method import Method
@@ -49,21 +50,34 @@ def parse_spec(text: str) -> list[tuple[str, dict[str, Any]]]:
     return parts
 
 
+def parse_one(text: str, lookup: Callable[[str], Card], kind: str) -> tuple[str, dict[str, Any]]:
+    """Slug and checked options of a spec of one part, whose cards `lookup` gives: "text-to-image(prior_pictures=20)".
+
+    Raises as `parse_spec` does.
+    """
+    reader = _Reader(text, lookup, kind)
+    found = reader.part()
+    if not reader.at_end():
+        reader.fail(reader.at, f"Nothing may follow a {kind}.")
+    return found
+
+
 class _Reader:
-    def __init__(self, text: str) -> None:
-        self.text, self.at = text, 0
+    def __init__(self, text: str, lookup: Callable[[str], Card] = card, kind: str = "method") -> None:
+        self.text, self.at, self.lookup, self.kind = text, 0, lookup, kind
 
     def part(self) -> tuple[str, dict[str, Any]]:
         start = self.skip()
-        slug = self.take(_SLUG, "the name of a method")
-        found = self.placed(start, card, slug)
+        slug = self.take(_SLUG, f"the name of a {self.kind}")
+        found = self.placed(start, self.lookup, slug)
         options: dict[str, Any] = {}
         if self.peek() != "(":
             return found.slug, options
         self.at += 1
         while self.peek() != ")":
             start = self.skip()
-            given = self.take(_NAME, f"an option of {found.slug} such as {found.options[0].name}=…, or ')'")
+            such = f" such as {found.options[0].name}=…" if found.options else ""
+            given = self.take(_NAME, f"an option of {found.slug}{such}, or ')'")
             self.placed(start, found.option, given)
             self.expect("=", f"after {given!r}")
             place = self.skip()

@@ -27,6 +27,8 @@ from veneer.pruned import files as pruned
 from veneer.site import whole_sites
 from veneer.source import Source, first_tensors
 from veneer.spec import parse
+from veneer.streams.wrap import facts as reversible_facts
+from veneer.streams.wrap import fit as fit_reversible
 from veneer.tuned import Tuned, check_name, tuned_of
 from veneer.waiting import gathered
 
@@ -90,6 +92,7 @@ def describe(tuned: Tuned, name: str) -> dict[str, Any]:
         "fixed": {key: checksum(t) for key, t in tensors_of(tuned, name, True).items() if key not in stored},
         "trained": tuned.summary(name).trained,
         **pruned.facts(model),
+        **reversible_facts(tuned),
         "training": adapter.facts,
     }
 
@@ -116,14 +119,15 @@ def tensors_of(tuned: Tuned, name: str, fixed: bool = False) -> dict[str, Tensor
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Digest of the base's parameter names and shapes, without adapters and without the task head."""
+    """Digest of the base's parameter names and shapes, without adapters and without the task head; a child that the model
+    only wraps has the same as the model."""
     heads = tuple(s.module + "." for s in anatomy.sites(model) if s.role == "head")
     lines = []
     for path, module in model.named_modules():
         if "veneer" in path.split("."):
             continue
         for name, p in module._parameters.items():
-            full = f"{path}.{name}".removeprefix(".")
+            full = f"{path}.{name}".removeprefix(".").removeprefix(f"{getattr(model, 'wraps', '')}.")
             if p is None or full.startswith(heads or ("\0",)):
                 continue
             packed = name == "weight" and hasattr(module, "in_features") and hasattr(module, "out_features")
@@ -315,6 +319,7 @@ def load(model: nn.Module, folder: str | Path, name: str | None = None, *, roles
     name = name or saved.about.get("adapter") or "default"
     check_name(name, tuned)
     pruned.fit(model, saved.tensors, folder)
+    fit_reversible(tuned, saved.about, folder)
     planned, method = _plan(model, saved, roles)
     adapter = Adapter(name, method, [], facts=dict(saved.about.get("training") or {}))
     tuned.add(adapter, [(part, found, FromFile(saved, i, names)) for i, (part, found, names) in enumerate(planned)])

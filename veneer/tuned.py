@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -23,6 +23,9 @@ from veneer.slot import Slot
 from veneer.source import Source
 from veneer.strategy import Strategy
 
+if TYPE_CHECKING:
+    from veneer.streams.wrap import Reversible
+
 
 class Tuned:
     """A model with adapters. Made by `attach` and `load`; `of(model)` finds it again."""
@@ -35,6 +38,8 @@ class Tuned:
         self._places = Places(model, self.route)
         self._merging = Merging(model)
         self._started = False
+        self.reversible: Reversible | None = None
+        """The network of two streams that the blocks are, after `veneer.reversible`."""
 
     # -- placing --------------------------------------------------------------------------------------------
 
@@ -53,7 +58,7 @@ class Tuned:
                 raise NoMatch(f"{adapter.method.label}: the {count} sites chosen have nothing to train; choose other targets.")
         except BaseException:
             self._places.drop(adapter)
-            if not self.adapters:
+            if not self.adapters and self.reversible is None:
                 self.detach()
             raise
         self.adapters[adapter.name] = adapter
@@ -141,6 +146,25 @@ class Tuned:
             yield self.model
         finally:
             self.route.enabled = before
+
+    @contextmanager
+    def acting(self, *names: str) -> Iterator[nn.Module]:
+        """Other adapters inside the `with` block, none for the base: for comparison. What trains stays what it was."""
+        if not names:
+            with self.disabled() as model:
+                yield model
+            return
+        self._known(*names)
+        others: Active = tuple((name, 1.0) for name in names)
+        self._weighable(others)
+        before = self.route.active, self.route.rows
+        self.route.active, self.route.rows = others, None
+        self.route.ragged, self.route.captured = {}, {}
+        try:
+            yield self.model
+        finally:
+            self.route.active, self.route.rows = before
+            self.route.ragged, self.route.captured = {}, {}
 
     # -- looking --------------------------------------------------------------------------------------------
 
@@ -292,6 +316,8 @@ class Tuned:
         """
         if self._merging:
             raise Unsupported("merge: adapters are already merged; call unmerge() first.")
+        if self.reversible is not None:
+            raise Unsupported("merge: the reversible network is not the base with other weights; serve it with veneer.load(model, folder).")
         if self.route.rows is not None:
             raise Unsupported("merge: rows have different adapters; activate one adapter (or a weighted sum) first.")
         self._merging.write(self.route.active, keep)
@@ -315,6 +341,9 @@ class Tuned:
         self._known(name)
         if self._merging:
             raise Unsupported("remove: adapters are merged into the base; call unmerge() first.")
+        for other, adapter in self.adapters.items():
+            if any(name in part.relies_on for part in adapter.method.parts):
+                raise Unsupported(f"remove: {other!r} mixes {name!r}; remove {other!r} first.")
         adapter = self.adapters.pop(name)
         self._places.drop(adapter)
         if name in {n for n, _ in self.route.active} | set(self.route.rows or ()):
@@ -331,6 +360,7 @@ class Tuned:
                 continue
             p.requires_grad_(self._frozen_before.get(name, True))
         self.adapters.clear()
+        self.reversible = None
         self._merging.forget()
         self.route.active, self.route.rows, self.route.merged = (), None, False
         return self.model

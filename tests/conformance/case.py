@@ -18,7 +18,7 @@ from veneer.method import Method, replaced
 from veneer.site import Site
 from veneer.tuned import Tuned
 
-HOMES = ("llama", "bert", "vit", "convnet", "gpt2", "encoder")
+HOMES = ("llama", "bert", "vit", "convnet", "gpt2", "encoder", "points")
 """Where a method is at home: the first model that its default targets fit."""
 
 
@@ -77,8 +77,8 @@ class Case:
     def of(cls, spec: str, seed: int, subject: str) -> Case:
         """A method with these hyper-parameters, as they are, on a model family."""
         method = veneer.parse(spec)
-        case = cls(method.slug, seed, SUBJECTS[subject])
-        case.method = method
+        case = cls(method.slug, seed)  # at home first: with its defaults it may not fit the model
+        case.subject, case.method = SUBJECTS[subject], method
         return case
 
     @property

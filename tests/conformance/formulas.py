@@ -73,6 +73,14 @@ def _convolved(m: Any, sites: Sequence[Site]) -> int:
     return sum(m.blocks * (2 * m.width(s) * s.out_features + m.width(s) + s.out_features) for s in sites)
 
 
+def _small_transformers(m: Any, sites: Sequence[Site]) -> int:
+    total = 0
+    for s in sites:
+        D, k, f = s.out_features, m.width(s), m.ratio
+        total += 2 * D * k + k + D + m.blocks * (4 * k * k + 4 * k + 2 * f * k * k + f * k + k + 4 * k)
+    return total
+
+
 def _gated_union(m: Any, sites: Sequence[Site]) -> int:
     D, layers = sites[0].heads * sites[0].head_dim, [s for s in sites if s.kind == "linear"]
     width = m.m or max(1, D // 16)
@@ -134,6 +142,18 @@ def _shares(m: Any, sites: Sequence[Site]) -> int:
     return total
 
 
+def _dynamic(m: Any, sites: Sequence[Site]) -> int:
+    beside = sum(3 * s.out_features + 1 + 2 * m.r * s.out_features + m.r + s.out_features for s in sites if s.kind == "branch")
+    return beside + sum(2 * s.out_features for s in sites if s.kind != "branch" and (s.kind != "block" or s.index + 1 < s.length or m.keep))
+
+
+def _neighbours(m: Any, sites: Sequence[Site]) -> int:
+    d, blocks = sites[0].out_features, [s for s in sites if s.kind == "block" and s.depth is not None]
+    prompted = sum(m.prompts(s) > 0 for s in blocks)
+    adapters = 2 * len(blocks) * (2 * d * m.m + m.m + d) + prompted * (m.L * d + 2 * d * m.b + m.b + d)
+    return adapters + 2 * len(blocks) * d + 4 * m.inner * d + 3 * d + 3 * m.L
+
+
 FORMULAS: dict[str, Formula] = {
     "lora": _low_rank,
     "dora": lambda m, sites: _low_rank(m, sites) + sum(s.out_features for s in sites),
@@ -180,9 +200,12 @@ FORMULAS: dict[str, Formula] = {
     "red": lambda m, sites: sum(2 * s.out_features for s in sites),
     "adaptformer": _beside,
     "conv-adapter": _convolved,
+    "transformer-adapter": _small_transformers,
     "earth-adapter": _frequencies,
     "rein": _refined,
     "dvpt": _prompted,
+    "dapt": _dynamic,
+    "point-peft": _neighbours,
     "paca": lambda m, sites: sum(m.r * s.out_features for s in sites),
     "s2ft": _shares,
     "ia3": _rescaled,
@@ -198,5 +221,21 @@ FORMULAS: dict[str, Formula] = {
     "p-tuning": lambda m, sites: m.length * sites[0].in_features + 3 * (sites[0].in_features ** 2 + sites[0].in_features),
     "adamix": lambda m, sites: sum((m.N + 1) * m.m * s.out_features + m.N * m.m + s.out_features for s in sites),
     "gps": lambda m, sites: m.K * sum(s.out_features for s in sites),  # at home there are no biases
+    "explora": lambda m, sites: sum(  # at home there are no biases
+        s.out_features if s.kind == "norm" else s.out_features * s.in_features if m.whole(s) else m.r * (s.in_features + s.out_features)
+        for s in sites
+    ),
     "vpt": lambda m, sites: len(sites) * m.length * sites[0].in_features,
+    "pyra": lambda m, sites: sum(r + 3 * sites[0].out_features for r in m.gone(sites[0]) if r),
+    "llama-adapter": lambda m, sites: sum(m.length * s.in_features + s.heads for s in sites),
+    "mona": lambda m, sites: sum(2 * m.m * s.out_features + 5 * s.out_features + m.m * (m.m + 88) for s in sites),
+    "noah": lambda m, sites: sum(
+        m.length * s.in_features
+        if s.kind == "block"
+        else m.r * (s.in_features + s.out_features)
+        if s.kind == "linear"
+        else 2 * m.m * s.out_features + m.m + s.out_features
+        for s in sites
+    ),
+    "lora-fa": lambda m, sites: sum(m.r * s.out_features for s in sites),
 }

@@ -397,7 +397,7 @@ def _weighted_weights(case: Case, tuned: Tuned, both: Tensor) -> None:
 def _is_table(part: Part) -> bool:
     """Whether what a prompt learns is its table of tokens, or of keys and values, and nothing else."""
     method, p, kind = cast(Any, part.method), part.tensors(), part.site.kind
-    if kind not in ("model", "attention") or part.shared_keys:
+    if kind not in ("model", "attention") or part.shared_keys or method.stands_beside:
         return False
     made = (method.tokens(p, part.site),) if kind == "model" else method.keys_values(p, part.site)
     return {id(t) for t in made} == {id(t) for t in p.values()}
@@ -462,33 +462,38 @@ def compile(case: Case) -> None:
 def ckpt(case: Case) -> None:
     """Gradient checkpointing (use_reentrant=False): same loss, same gradients."""
     tuned = case.tuned()
-    value, expected = gradients(case, tuned.model, tuned)
+    with counted(tuned.model) as plain:
+        value, expected = gradients(case, tuned.model, tuned)
     with checkpointed(tuned.model) as runs:
         again, found = gradients(case, tuned.model, tuned)
     if any(s.role != "head" for s in tuned.sites()):
-        assert len(runs) == 2, f"the first block ran {len(runs)} times instead of twice"
+        assert len(runs) == len(plain) + 1, f"the first block ran {len(runs)} times instead of {len(plain)} and once more"
     close(again, value)
     for g, e in zip(found, expected):
         close(g, e, GRADIENT)
 
 
 @contextlib.contextmanager
-def checkpointed(model: nn.Module) -> Iterator[list[None]]:
-    """The model's own gradient checkpointing; for plain models, checkpoints around every block.
-
-    Yields a list that gets an entry for every run of a layer in the first block.
-    """
-    blocks = [model.get_submodule(s.module) for s in anatomy.sites(model) if s.kind == "block"]
+def counted(model: nn.Module) -> Iterator[list[None]]:
+    """Yields a list that gets an entry for every run of a layer in the first block."""
+    block = next(model.get_submodule(s.module) for s in anatomy.sites(model) if s.kind == "block")
     runs: list[None] = []
-    layer = next(m for m in blocks[0].modules() if type(m).__name__.endswith("Norm"))
+    layer = next(m for m in block.modules() if type(m).__name__.endswith("Norm"))
     hook = layer.register_forward_pre_hook(lambda *_: runs.append(None))
-    if hasattr(model, "gradient_checkpointing_enable"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
-    else:
-        for block in blocks:
-            block.__dict__["forward"] = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
     yield runs
     hook.remove()
+
+
+@contextlib.contextmanager
+def checkpointed(model: nn.Module) -> Iterator[list[None]]:
+    """The model's own gradient checkpointing; for plain models, checkpoints around every block. Yields as `counted`."""
+    with counted(model) as runs:
+        if hasattr(model, "gradient_checkpointing_enable"):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        else:
+            for block in (model.get_submodule(s.module) for s in anatomy.sites(model) if s.kind == "block"):
+                block.__dict__["forward"] = functools.partial(torch.utils.checkpoint.checkpoint, block.forward, use_reentrant=False)
+        yield runs
 
 
 @law

@@ -36,6 +36,11 @@ SETTINGS = {
     "conv-adapter(form='deep', m=16, blocks=2, targets='attn')": "picture",
     "conv-adapter(form='deep', m=16, targets='conv')": "convnet",
     "conv-adapter(norm=True, m=4, targets='mlp')": "llama",
+    "conv-adapter(form='deep', m=16, blocks=2, causal=True, targets='norm.mlp')": "llama",
+    "transformer-adapter(m=4, heads=2, blocks=2, causal=True)": "llama",
+    "transformer-adapter(m=6, heads=3, targets='norm')": "bert",
+    "transformer-adapter(m=4, heads=2, targets='conv')": "convnet",
+    "transformer-adapter(m=4, heads=2, targets='attn mlp')": "picture",
 }
 
 

@@ -24,7 +24,7 @@ from veneer.errors import Unsupported
 from veneer.tuned import Tuned
 
 MATRIX = Path(veneer.__file__).with_name("matrix.json")
-STRATEGIES = [card.slug for card in veneer.methods() if card.family == "strategy"]
+STRATEGIES = [card.slug for card in veneer.methods() if card.family == "strategy" and not registry.load(card.slug).mixes]
 METHODS = [card.slug for card in veneer.methods() if card.family != "strategy"]
 SETTINGS: dict[str, dict[str, Any]] = {"id3": {"B": 0.3}, "ist": {"T_u": 2}}
 """Hyper-parameters with which a strategy shows in three steps; the defaults for those not named."""

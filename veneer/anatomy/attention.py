@@ -54,7 +54,8 @@ def _is_cross(core: Node, outer: Node | None, second: bool) -> bool:
     """What the module says of itself, else its names; some names mean it only in a block's second attention."""
     told = getattr(core.module, "is_cross_attention", None)
     path = core.within(outer) if outer else core.path
-    if told is not True and second and names.CROSS_IF_SECOND.search(path):
+    twice = outer is not None and names.SELF_TWICE.search(outer.cls.__name__)
+    if told is not True and second and not twice and names.CROSS_IF_SECOND.search(path):
         return True
     if isinstance(told, bool):
         return told

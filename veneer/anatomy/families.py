@@ -10,22 +10,24 @@ def _table(**rows: str) -> dict[str, str]:
 
 
 ATTENTION_IN = _table(
-    q="q q_proj query query_proj q_lin to_q wq Wq q_linear linear_q q_attn",
-    k="k k_proj key key_proj k_lin to_k wk Wk k_linear linear_k",
-    v="v v_proj value value_proj v_lin to_v wv Wv v_linear linear_v",
+    q="q q_proj query query_proj q_lin to_q wq Wq q_linear linear_q q_attn add_q_proj",
+    k="k k_proj key key_proj k_lin to_k wk Wk k_linear linear_k add_k_proj",
+    v="v v_proj value value_proj v_lin to_v wv Wv v_linear linear_v add_v_proj",
     kv="kv kv_proj to_kv",
     fused="c_attn qkv qkv_proj to_qkv Wqkv in_proj_qkv",
     interleaved="query_key_value",
 )
 """Last name of a projection that attention reads through → which one it is."""
 
-ATTENTION_OUT = _table(o="o o_proj out_proj out_lin to_out to_out.0 proj projection c_proj dense out wo Wo output linear_out")
+ATTENTION_OUT = _table(o="o o_proj out_proj out_lin to_out to_out.0 to_add_out proj projection c_proj dense out wo Wo output linear_out")
 """Names of the output projection; they count only inside an attention module."""
 
 ATTENTION_SCOPE = re.compile(r"attn|attention", re.IGNORECASE)
 CROSS = re.compile(r"cross|encoder_attn|EncDec", re.IGNORECASE)
 CROSS_IF_SECOND = re.compile(r"(^|\.)(multihead_attn|attn2)(\.|$)")
 """Names of cross-attention in blocks that have another attention before it."""
+SELF_TWICE = re.compile(r"^JointTransformerBlock$")
+"""Blocks whose second attention is of the same tokens."""
 
 CAUSAL_PARENT = re.compile(r"^(X?CLIP|CLIPSeg|MetaClip2?|OwlViT|Owlv2)Text")
 """Models that are causal although their attention modules do not say so."""
@@ -89,7 +91,7 @@ HEAD = re.compile(
 )
 LANGUAGE_HEAD = re.compile(r"(^|\.)(lm_heads?|cls|embed_out|vocab_\w+|\w*predictions)(\.|$)")
 TASK_MODEL = re.compile(
-    r"For(Sequence|Token|Image|Audio|Video|AudioFrame)Classification|ForQuestionAnswering|ForMultipleChoice|ForSemanticSegmentation"
+    r"For(Sequence|Token|Image|Audio|Video|AudioFrame|PointCloud)Classification|ForQuestionAnswering|ForMultipleChoice|ForSemanticSegmentation|ForSelfSupervision|ForCaptioning"
 )
 TASK_HEADS = {"head", "heads", "classifier", "fc", "score"}
 """Children of a plain model that are its task head."""

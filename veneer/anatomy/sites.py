@@ -82,6 +82,8 @@ def _model_site(body: Anatomy) -> Iterator[Site]:
 def _block_sites(block: Block) -> Iterator[Site]:
     path, width = block.node.path, _square(block.hidden)
     yield _site(block.node, block, name=path, role="block", kind="block", **width)
+    if "@stream" in getattr(block.node.module._modules.get("veneer"), "_modules", ()):
+        yield _site(block.node, block, name=f"{path}.stream", role="stream", kind="linear", module=f"{path}.veneer.@stream", **width)
     for part, label in labelled(block.parts):
         facts = {"role": part.role, "kind": "branch", "entry": part.entry.path, "post": part.post}
         yield _site(part.end, block, name=f"{path}.{label}", **facts, **width)
@@ -94,7 +96,7 @@ def _attention_site(part: Part, core: Node, body: Anatomy) -> Site:
 
 def _site(node: Node, block: Block | None, **facts: Any) -> Site:
     place = {"depth": block.depth, "index": block.index, "length": block.length} if block else {"depth": None}
-    return Site(module=node.path, **{"side": node.side, "batch_dim": node.batch_dim, **place, **facts})
+    return Site(**{"module": node.path, "side": node.side, "batch_dim": node.batch_dim, **place, **facts})
 
 
 def _square(width: int) -> dict[str, int]:

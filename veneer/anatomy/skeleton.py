@@ -23,11 +23,15 @@ def skeleton(name_or_path: str) -> nn.Module:
     """
     import torch
 
+    name_or_path = network_of(name_or_path)
     known = _diffusers_config(Path(name_or_path))
     if known:
         return _diffusers_model(known, name_or_path)
     import transformers
 
+    from veneer import models
+
+    models.register()
     try:
         config = transformers.AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError, KeyError) as error:
@@ -35,7 +39,8 @@ def skeleton(name_or_path: str) -> nn.Module:
         raise BadFile(
             f"{name_or_path!r} gives no model configuration: {reason}\nGive a folder with config.json or a model's name."
         ) from error
-    named = next((getattr(transformers, a) for a in config.architectures or () if hasattr(transformers, a)), None)
+    known_classes = (getattr(transformers, name, None) or models.architecture(name) for name in config.architectures or ())
+    named = next((cls for cls in known_classes if cls), None)
     with torch.device("meta"):
         return named(config) if named else transformers.AutoModel.from_config(config)
 
@@ -44,10 +49,17 @@ def with_weights(model: nn.Module, name_or_path: str) -> nn.Module:
     """The model of a skeleton again, with its weights. Raises `BadFile` if they cannot be had."""
     cls: Any = type(model)
     try:
-        return cls.from_pretrained(name_or_path).eval()
+        return cls.from_pretrained(network_of(name_or_path)).eval()
     except (OSError, ValueError, AttributeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadFile(f"The weights of {name_or_path!r} could not be loaded: {reason}") from error
+
+
+def network_of(name_or_path: str) -> str:
+    """The folder of the network in a pipeline's folder; any other name as it is."""
+    folder = Path(name_or_path)
+    inside = [folder / part for part in ("unet", "transformer") if (folder / part).is_dir()]
+    return str(inside[0]) if inside and (folder / "model_index.json").is_file() else name_or_path
 
 
 def _diffusers_config(folder: Path) -> dict[str, Any]:

@@ -137,14 +137,17 @@ def plain_class(module: nn.Module) -> type:
 
 
 def grow(model: nn.Module) -> Node:
-    """The tree of all modules; one that stands at several places counts at its first."""
+    """The tree of all modules; one that stands at several places counts at its first.
+
+    Children that a module names in its `left_alone` (a frozen vision tower) are left out, and with them from every adapter."""
     seen: set[int] = set()
 
     def at(path: str, module: nn.Module, parent: Node | None) -> Node:
         node = Node(path, module, parent)
         seen.add(id(module))
+        skipped = (*SKIPPED, *getattr(module, "left_alone", ()))
         for key, child in module._modules.items():
-            if child is not None and key not in SKIPPED and id(child) not in seen and not _is_spare(key, child, module):
+            if child is not None and key not in skipped and id(child) not in seen and not _is_spare(key, child, module):
                 node.children[key] = at(f"{path}.{key}" if path else key, child, node)
         return node
 

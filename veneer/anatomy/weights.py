@@ -52,7 +52,8 @@ def _layers_of(node: Node) -> list[Layer]:
     own = {k: p for k, p in module._parameters.items() if p is not None}
     weight = own.get("weight")
     if weight is not None and weight.ndim == 1 and re.search(r"Norm(Act|Gated)?(\dd)?$", node.cls.__name__):
-        return [Layer(node, "norm", len(weight), len(weight))]
+        first = isinstance(module, nn.GroupNorm | nn.modules.batchnorm._NormBase)
+        return [Layer(node, "norm", len(weight), len(weight), extra={"channels_first": first})]
     stacks = _expert_stacks(node, own)
     return [*stacks, *(_bare(node, k, p) for k, p in own.items() if all(k != s.parameter for s in stacks))]
 

@@ -48,13 +48,15 @@ def load_base(folder: Path, model: str | None = None) -> nn.Module:
     import transformers
     from transformers.utils import logging
 
+    from veneer import models
     from veneer.assets import resolve
     from veneer.tasks.task import load_failed
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     facts, name = facts_of(folder), base_name(folder, model)
-    cls: Any = getattr(transformers, _class_name(facts), transformers.AutoModel)
+    models.register()
+    cls: Any = getattr(transformers, _class_name(facts), None) or models.architecture(_class_name(facts)) or transformers.AutoModel
     labels = _labels(folder, facts) if "Classification" in cls.__name__ else None
     try:
         return cls.from_pretrained(resolve(name), **({"num_labels": labels} if labels else {})).eval()
@@ -104,9 +106,11 @@ def processor_of(name: str) -> Any:
 
 
 def samples(model: Any) -> dict[str, Tensor]:
-    """Made-up inputs of the right kind and shape, always the same: 4 rows of 24 tokens, or 2 pictures or sounds."""
+    """Made-up inputs of the right kind and shape, always the same: 4 rows of 24 tokens, 2 pictures or sounds, or the model's own."""
     import torch
 
+    if hasattr(model, "example_inputs"):
+        return model.example_inputs()
     generator = torch.Generator().manual_seed(0)
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     kind = getattr(model, "main_input_name", "input_ids")
@@ -133,7 +137,9 @@ def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     first = next(p for p in model.parameters() if p.is_floating_point())
     placed = {k: v.to(first.device, first.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
     with torch.no_grad():
-        found: Any = model(**placed)
+        found: Any = getattr(model, "predictions", model)(**placed)
+    if isinstance(found, torch.Tensor):
+        return found.float().cpu()
     return (found.logits if hasattr(found, "logits") else found[0]).float().cpu()
 
 

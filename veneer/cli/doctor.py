@@ -25,7 +25,7 @@ EXTRAS = {
     "sentencepiece": "carriers",
     "peft": "test",
     "timm": "test",
-    "diffusers": "test",
+    "diffusers": "diffusion",
 }
 """Optional packages and the extra of `pip install "veneer[…]"` that brings them."""
 COMPANIONS = ("torchvision", "torchaudio")

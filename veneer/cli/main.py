@@ -14,15 +14,20 @@ from veneer.errors import UnknownName, VeneerError, nearest
 COMMANDS = {
     "train": ("train", "Adapt a model to data. The same command goes on with an interrupted run."),
     "compare": ("compare", "Train several methods on the same data and show which one won."),
+    "prefer": ("prefer", "Train on pairs of better and worse answers (DPO), any method. The same command goes on with an interrupted run."),
     "evaluate": ("use", "Measure a finished run on its test rows or on other data."),
     "predict": ("use", "Answer bare inputs with a finished run."),
+    "summaries": ("summaries", "Show a stay's events and the summary that a finished run writes of them, on a page of this machine."),
+    "judge": ("judge", "Compare a run's answers with the untouched base's or another run's: by a judge in both orders, and by facts."),
     "merge": ("export", "Write the adapter into the model's weights: a plain model that needs no veneer."),
     "export": ("export", "Write an adapter in another form: Hugging Face PEFT's, veneer's, or merged into the model."),
     "inspect": ("folder", "Show what an adapter's folder holds: method, base model, sites, sizes, training."),
     "methods": ("methods", "List the methods."),
     "show": ("methods", "Show one method: formula, tensors, hyper-parameters, and the count for a model."),
+    "tasks": ("tasks", "List the kinds of problems `--task` takes, or one's own settings."),
     "budget": ("budget", "Match methods by size: the hyper-parameters of each that land nearest to a number of trained parameters."),
     "fewshot": ("fewshot", "Compare the cost of examples in the prompt with that of a trained adapter: FLOPs, seconds, storage, memory."),
+    "study": ("study", "Repeat a published comparison on your model and data: code-generation or unit-tests. The same command goes on."),
     "scaling-law": (
         "scaling_law",
         "Fit the scaling law of sparse models: prune while training at several sizes, sparsities and lengths, or --fit a file.",
@@ -64,7 +69,9 @@ def command(name: str) -> Callable[..., Any]:
 def quiet() -> None:
     """Keeps reports of libraries about themselves off the screen."""
     import logging
+    import os
 
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     for library in ("torchao", "torch.utils._pytree"):
         logging.getLogger(library).setLevel(logging.ERROR)
 

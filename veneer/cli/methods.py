@@ -10,6 +10,7 @@ from veneer import registry
 from veneer.cli.command import Argument, Flag
 from veneer.cli.output import table
 from veneer.errors import BadFile, BadValue, nearest
+from veneer.names import note
 
 MATRIX = Path(registry.__file__).with_name("matrix.json")
 """Written by the conformance suite: {"features": […], "methods": {slug: {feature: true | false | "why it cannot be"}}}."""
@@ -76,6 +77,8 @@ def show(
     source = ", ".join(str(part) for part in (card.year, card.arxiv and f"arXiv:{card.arxiv}") if part)
     print(f"{card.title} ({card.slug}, {card.family}){f' · {source}' if source else ''}\n{card.summary}\n")
     print(f"    {card.formula}\n\n{card.text}\n")
+    if other_papers := note(card.slug, registry.cards()):
+        print(f"{other_papers}\n")
     other = {o: [a for a, real in card.aliases.items() if real == o] for o in (x.name for x in card.options)}
     helps = {o.name: o.help + (f" (also: {', '.join(other[o.name])})" if other[o.name] else "") for o in card.options}
     table(("option", "default", "legal", "meaning"), [(o.name, _default(card, o, given), o.legal, helps[o.name]) for o in card.options])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,10 +52,10 @@ def predict(
 ) -> Any:
     """Answer bare inputs with a finished run."""
     folder = run_folder(run)
-    items = _items(inputs, data)
+    items = _items(inputs, data, folder)
     from veneer.train.use import predict as answers
 
-    found = answers(folder, items)
+    found = [_in_files(one, folder / "predictions", i) for i, one in enumerate(answers(folder, items))]
     if out is not None:
         from veneer.store import write_text
 
@@ -77,15 +78,29 @@ def run_folder(folder: Path) -> Path:
     raise BadFile(f"{folder} is not the folder of a run: it holds no {RUN_FILE}.{said}")
 
 
-def _items(inputs: list[str], data: str | None) -> list[Any]:
+def _in_files(answer: dict[str, Any], folder: Path, number: int) -> dict[str, Any]:
+    """The answer with its pictures as files, named after the prompt or the file it answers, and numbered."""
+    from veneer.study.contact_sheet import save_png
+
+    pictures = {key: value for key, value in answer.items() if hasattr(value, "getbands")}
+    words = re.sub(r"\W+", "-", str(answer.get("prompt") or answer.get("file", "")).lower()).strip("-")[:60]
+    files = {key: folder / f"{words}-{answer.get('seed', number)}.png" for key in pictures}
+    for key, file in files.items():
+        save_png(pictures[key], file)
+    return {**answer, **{key: str(file) for key, file in files.items()}}
+
+
+def _items(inputs: list[str], data: str | None, run: Path) -> list[Any]:
     if data is not None and inputs:
         raise BadValue("`veneer predict`: give inputs or --data, not both.")
     if data is not None:
         from veneer.tasks.data import read
+        from veneer.tasks.task import task_class
 
         read_data = read(data)
         rows = read_data.tables.get("test", read_data.train).rows
-        return [row.get("image") or row.get("messages") or row for row in rows]
+        bare = task_class(read_run(run)["task"]["name"]).bare
+        return [bare(row) for row in rows]
     items = inputs or ([] if sys.stdin.isatty() else [line.rstrip("\n") for line in sys.stdin if line.strip()])
     if not items:
         raise BadValue("`veneer predict`: there is nothing to answer. Give texts or picture files, --data, or lines on standard input.")

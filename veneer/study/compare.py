@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from veneer.train.recipe import Recipe
 
 BASE = "untouched base"
-LOWER_IS_BETTER = ("loss", "perplexity", "error", "mae", "mse", "rmse", "wer")
+LOWER_IS_BETTER = ("loss", "perplexity", "error", "mae", "mse", "rmse", "wer", "cer")
 
 
 @dataclass

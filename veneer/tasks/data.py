@@ -26,7 +26,10 @@ SPLITS = {
 }
 """Names under which the three splits are looked for."""
 
+LISTS = ("metadata", "captions")
+"""Names of a table about the pictures of its folder."""
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".txt")
+SOUND_FILES = (".wav", ".flac", ".ogg", ".mp3")
 IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 SPLIT_SEED = 20241
 """Data without a split is always split in the same way, whatever the seed of training, so that runs can be compared."""
@@ -71,12 +74,14 @@ class Data:
         tables: by split name; the single table of unsplit data is called "train".
         images: whether the column `image` holds pictures.
         hints: task and columns that are known and need not be guessed.
+        facts: what else the data say of themselves and the task has to know, as JSON values.
     """
 
     source: str
     tables: dict[str, Table]
     images: bool = False
     hints: dict[str, str] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def train(self) -> Table:
@@ -137,6 +142,16 @@ def read_table(path: Path) -> Table:
         table = _jsonl(text, path)
     if not table.rows:
         raise BadFile(f"{path} holds no rows.")
+    return _with_pictures(table, path.parent)
+
+
+def _with_pictures(table: Table, folder: Path) -> Table:
+    """Names of picture files, in a column `image`, `file_name` or `img_paths`, as paths: they count from the table's folder."""
+    named = next((name for name in ("image", "file_name", "img_paths") if name in table.columns), "")
+    for row in table.rows:
+        value = row.get(named)
+        if isinstance(value, str) and value.lower().endswith(IMAGES):
+            row["image"] = str(folder / row.pop(named))
     return table
 
 
@@ -210,12 +225,28 @@ def _json(text: str, path: Path) -> Table:
 
 
 def _folder(path: Path, source: str) -> Data:
+    from veneer.tasks.mask_folder import holds_masks, mask_folder
+    from veneer.tasks.point_folder import holds_points, point_folder
+    from veneer.tasks.series import holds_series, series_folder
+
+    listed = next((path / f"{word}{kind}" for word in LISTS for kind in TABLES if (path / f"{word}{kind}").is_file()), None)
+    if listed is None and holds_masks(path):
+        return mask_folder(path, source)
+    if holds_series(path):
+        return series_folder(path, source)
+    if holds_points(path):
+        return point_folder(path, source)
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         return _from_datasets(source)
     files = {name: _split_file(path, name) for name in SPLITS}
     if files["train"]:
         return Data(source, {name: read_table(file) for name, file in files.items() if file})
+    if listed:
+        return Data(source, _parted(read_table(listed)))
     folders = {name: next((path / word for word in words if (path / word).is_dir()), None) for name, words in SPLITS.items()}
+    if _sounds(folders["train"] or path):
+        places = {name: found for name, found in folders.items() if found} if folders["train"] else {"train": path}
+        return Data(source, {name: _spoken_folder(place) for name, place in places.items()})
     if folders["train"]:
         return Data(source, {name: _image_folder(found) for name, found in folders.items() if found}, images=True)
     return Data(source, {"train": _image_folder(path)}, images=True)
@@ -228,6 +259,21 @@ def _split_file(path: Path, name: str) -> Path | None:
     return found[0] if found else None
 
 
+def _parted(table: Table) -> dict[str, Table]:
+    """The tables that a column `split` parts a list of pictures into; the whole of it where there is no such column."""
+    if "split" not in table.columns:
+        return {"train": table}
+    parts: dict[str, list[int]] = {}
+    for i, row in enumerate(table.rows):
+        name = next((name for name, words in SPLITS.items() if str(row["split"]).lower() in words), None)
+        if name is None:
+            raise BadFile(f"{table.place(i)}: split={row['split']!r} is none of {', '.join(SPLITS)}.")
+        parts.setdefault(name, []).append(i)
+    if "train" not in parts:
+        raise BadFile(f"{table.source}: no row has split=train; there are {', '.join(parts)}.")
+    return {name: table.pick(rows) for name, rows in parts.items()}
+
+
 def _image_folder(path: Path) -> Table:
     rows = [
         {"image": str(file), "label": folder.name}
@@ -235,8 +281,26 @@ def _image_folder(path: Path) -> Table:
         for file in sorted(folder.rglob("*"))
         if file.suffix.lower() in IMAGES
     ]
+    rows = rows or [{"image": str(file)} for file in sorted(path.iterdir()) if file.suffix.lower() in IMAGES]  # of one subject
     if not rows:
         raise BadFile(f"{path} holds neither train{'/'.join(TABLES[:3])} nor one folder of images for each class.")
+    return Table(rows, str(path))
+
+
+def _sounds(path: Path) -> list[Path]:
+    return sorted(p for p in path.iterdir() if p.suffix.lower() in SOUND_FILES)
+
+
+def _spoken_folder(path: Path) -> Table:
+    """Sound files with a text file of the same name beside each."""
+    rows = []
+    for file in _sounds(path):
+        script = file.with_suffix(".txt")
+        if not script.is_file():
+            raise BadFile(f"{file} has no transcript: there is no {script.name} beside it.")
+        rows.append({"audio": str(file), "text": " ".join(_decode(script).split())})
+    if not rows:
+        raise BadFile(f"{path} holds no sound files ({', '.join(SOUND_FILES)}).")
     return Table(rows, str(path))
 
 
@@ -280,6 +344,9 @@ def _named_classes(dataset: Any) -> list[Row]:
     """The rows, with class numbers turned into class names and the picture column called `image`."""
     names = {column: kind.names for column, kind in dataset.features.items() if type(kind).__name__ == "ClassLabel"}
     picture = next((column for column, kind in dataset.features.items() if type(kind).__name__ == "Image"), None)
+    for column, kind in dataset.features.items():
+        if type(kind).__name__ == "Audio":  # as bytes: the library's own decoder is a large package
+            dataset = dataset.cast_column(column, type(kind)(decode=False))
     rows = []
     for row in dataset:
         named = {c: names[c][v] if c in names and isinstance(v, int) and v >= 0 else v for c, v in row.items()}

@@ -51,6 +51,7 @@ class ImageClassification(Task):
         from transformers import AutoImageProcessor, AutoModelForImageClassification
 
         from veneer.assets import resolve
+        from veneer.tasks.image_size import check_side
 
         folder = resolve(model)
         try:
@@ -60,6 +61,8 @@ class ImageClassification(Task):
             raise MissingExtra(f"The pictures' preparation needs a further package: {str(error).strip().splitlines()[0]}") from error
         except (OSError, ValueError) as error:
             raise load_failed(model, error) from error
+        if self.options.image_size:
+            check_side(loaded, self.options.image_size, model)
         return loaded, processor
 
     def encode(self, rows: Sequence[Row], processor: Any) -> Sequence[dict[str, Any]]:
@@ -115,8 +118,11 @@ class Pictures(Sequence):
         return {"image": row["image"], "labels": self.number[class_name(row[self.label])]}
 
 
-def open_picture(source: Any) -> Any:
-    """A file, array or PIL image as a PIL image with three channels. Raises `BadFile` for a file that is no picture."""
+def open_picture(source: Any, under: str | None = None) -> Any:
+    """A file, array or PIL image as a PIL image with three channels; `under`: the colour that shows where it is transparent.
+
+    Raises `BadFile` for a file that is no picture.
+    """
     try:
         from PIL import Image, UnidentifiedImageError
     except ModuleNotFoundError:
@@ -126,12 +132,21 @@ def open_picture(source: Any) -> Any:
 
         source = io.BytesIO(source["bytes"]) if source.get("bytes") else source["path"]
     if isinstance(source, Image.Image):
-        return source.convert("RGB")
+        return _rgb(source, under)
     if hasattr(source, "shape"):
-        return Image.fromarray(source).convert("RGB")
+        return _rgb(Image.fromarray(source), under)
     try:
         with Image.open(source) as opened:
-            return opened.convert("RGB")
+            return _rgb(opened, under)
     except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
         name = Path(source).name if isinstance(source, str | Path) else "the picture"
         raise BadFile(f"{source if isinstance(source, str | Path) else name} cannot be read as a picture: {error}") from None
+
+
+def _rgb(picture: Any, under: str | None) -> Any:
+    if under is None or not picture.has_transparency_data:
+        return picture.convert("RGB")
+    from PIL import Image
+
+    layered = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", layered.size, under), layered).convert("RGB")

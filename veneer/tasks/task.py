@@ -5,10 +5,12 @@ Everything up to `Task.check` runs without torch, so that a mistake in the data 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from veneer.errors import BadValue, UnknownName, VeneerError, nearest
@@ -19,14 +21,27 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor, nn
 
+    from veneer.registry import Card
+    from veneer.tuned import Tuned
+
 TASKS = {
     "text-classification": "text_classification.TextClassification",
     "text-regression": "text_regression.TextRegression",
     "causal-lm": "causal_lm.CausalLM",
     "chat": "chat.Chat",
     "word-problems": "word_problems.WordProblems",
+    "code-generation": "code_generation.CodeGeneration",
+    "unit-test-generation": "unit_test_generation.UnitTestGeneration",
     "multiple-choice": "multiple_choice.MultipleChoice",
     "image-classification": "image_classification.ImageClassification",
+    "self-supervised-images": "self_supervised_images.SelfSupervisedImages",
+    "series-segmentation": "series_segmentation.SeriesSegmentation",
+    "semantic-segmentation": "semantic_segmentation.SemanticSegmentation",
+    "point-classification": "point_classification.PointClassification",
+    "text-to-image": "text_to_image.TextToImage",
+    "image-captioning": "image_captioning.ImageCaptioning",
+    "forgery-detection": "forgery_detection.ForgeryDetection",
+    "transcription": "transcription.Transcription",
 }
 """Tasks by name → where they are."""
 
@@ -36,6 +51,13 @@ LABEL_NAMES = ("label", "labels", "class", "category", "target", "sentiment", "s
 PROMPTS = ("prompt", "instruction", "question", "input")
 ANSWERS = ("completion", "response", "answer", "output")
 CHOICES = ("choices", "options", "endings")
+CAPTIONS = ("caption", "description")
+SOUNDS = ("audio", "wav", "clip", "speech")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one task alone has to be told: subclasses give `option`s, which stand in brackets behind the task's name."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +70,17 @@ class Options:
         image_size: side of the square picture that enters the model, in pixels.
         train_rows, validation_rows, test_rows: at most so many rows of each split.
         max_new_tokens: longest generated answer.
+        source: the domains to train on, separated by commas, of data that have several; all are tested on.
+        unlabelled: further domains whose training pictures are used without their masks.
+        vision: the vision tower of image-captioning. image_tokens: how many tokens the language model sees a picture in.
+        others: further data sets, separated by commas, on which forgery-detection is tested and never trained.
+        w_align, w_uniform: weights of its losses on the unit sphere. slerp: whether it moves features along arcs in training.
+        augment: whether its training pictures are mirrored, moved, blurred and compressed at random.
+        audio: column of the sound file. language: that of the transcripts, for speech models of several.
+        max_seconds: longest clip; models that pad every clip to a fixed window pad to this many seconds instead.
+        template: text-to-image: the prompt of a row, with {columns} filled in. text_encoder: whether adapters go on it, too.
+        prior_prompt, prior_pictures, prior_weight: what the untouched model paints so that it is not unlearned, how often, its weight.
+        sample_steps, guidance: of the pictures that the run makes; None: the pipeline's own guidance.
     """
 
     text: str | None = None
@@ -59,6 +92,28 @@ class Options:
     validation_rows: int | None = None
     test_rows: int | None = None
     max_new_tokens: int = 200
+    source: str | None = None
+    unlabelled: str | None = None
+    vision: str = "dinov2-small"
+    image_tokens: int = 16
+    others: str | None = None
+    w_align: float = 0.1
+    w_uniform: float = 0.5
+    slerp: bool = True
+    augment: bool = True
+    audio: str | None = None
+    language: str | None = None
+    max_seconds: float | None = None
+    template: str | None = None
+    prior_prompt: str | None = None
+    prior_pictures: int = 50
+    prior_weight: float = 1.0
+    text_encoder: bool = False
+    sample_steps: int = 25
+    guidance: float | None = None
+
+    own: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The task's own `Settings` that differ from their defaults."""
 
 
 class Task(ABC):
@@ -75,13 +130,20 @@ class Task(ABC):
     """The metric that chooses the best checkpoint."""
     greater: ClassVar[bool] = True
     """Whether more of it is better."""
+    headline: ClassVar[str] = "accuracy"
+    """The metric of finished runs that comparisons show, if they have it; else `main`."""
     per_token: ClassVar[bool] = False
     """Whether the loss is a mean over tokens, which counts the tokens of a whole step, over all processes."""
+    settings: ClassVar[type[Settings]] = Settings
+    """What it alone has to be told."""
+    last_counts: ClassVar[bool] = False
+    """Whether a run keeps its last step (also as a property), as `main` cannot tell the best one."""
     grouped: ClassVar[bool] = True
     """Whether rows differ in length, so that batches of similar length save work."""
 
     def __init__(self, options: Options, splits: Splits | None = None, facts: dict[str, Any] | None = None) -> None:
         self.options = options
+        self.own: Any = self.settings(**options.own)
         self.facts = facts or {}
         if splits is not None:
             self.splits = splits
@@ -103,6 +165,12 @@ class Task(ABC):
     def key(cls, options: Options) -> str:
         """The column whose equal values must not be torn apart by a split."""
         return options.text or ""
+
+    @classmethod
+    def divide(cls, data: Data, options: Options) -> Splits:
+        """The data's rows as training, validation and test rows."""
+        limits = (options.train_rows, options.validation_rows, options.test_rows)
+        return split(data, data.hints.get("key") or cls.key(options), limits)
 
     def said(self) -> str:
         """The columns in use, each with the flag that changes it, for people."""
@@ -127,7 +195,22 @@ class Task(ABC):
         """What is kept of a batch's output for `measure`: [batch, …]. By default the logits themselves."""
         return logits[0] if isinstance(logits, tuple) else logits
 
+    # -- around training ----------------------------------------------------------------------------------------
+
+    def before(self, tuned: Tuned, processor: Any, folder: Path) -> list[str]:
+        """What has to be done or made by the untouched model before training; gives the lines that tell of it."""
+        return []
+
+    def after(self, tuned: Tuned, processor: Any, folder: Path) -> list[str]:
+        """Leaves files for people in the run's folder, such as a sheet of pictures; gives the lines that tell of them."""
+        return []
+
     # -- results ------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def bare(cls, row: Row) -> Any:
+        """What `predict` takes of a row of data."""
+        return next((row[name] for name in ("image", "messages") if row.get(name) is not None), row)
 
     @abstractmethod
     def measure(self, kept: np.ndarray, rows: Sequence[Row]) -> Measured:
@@ -153,15 +236,39 @@ def task_class(name: str) -> type[Task]:
     return getattr(importlib.import_module(f"veneer.tasks.{module}"), cls)
 
 
+def named(spec: str) -> tuple[str, dict[str, Any]]:
+    """Name and own settings of a task: "transcription(language=es)". Raises `UnknownName` and `BadValue` that show the place."""
+    from veneer.spec import parse_one
+
+    return parse_one(spec, card, "task")
+
+
+def card(name: str) -> Card:
+    """A task's settings, as those of methods are kept. Raises `UnknownName`."""
+    from veneer.registry import Card, Option
+
+    cls = task_class(name.replace("_", "-"))
+    options = tuple(
+        Option(f.name, str(f.type), f.default, f.metadata["help"], {k: v for k, v in f.metadata.items() if k != "help"})
+        for f in dataclasses.fields(cls.settings)
+    )
+    summary = (cls.__doc__ or "").strip().splitlines()[0]
+    return Card(cls.slug, "task", cls.__name__, None, None, summary, cls.slug, cls.__module__, options)
+
+
 def guess(data: Data) -> str:
     """The task that the columns suggest. Raises `BadValue` with the columns if none does."""
     if "task" in data.hints:
         return data.hints["task"]
     columns = data.train.columns
+    if "image" in columns and _first(CAPTIONS, columns):
+        return "image-captioning"
     if data.images:
-        return "image-classification"
+        return "image-classification" if _first(LABEL_NAMES, columns) else "self-supervised-images"
     if "messages" in columns or (_first(PROMPTS, columns) and _first(ANSWERS, columns) and not _first(LABEL_NAMES, columns)):
         return "chat"
+    if _first(SOUNDS, columns) and _first(TEXT_NAMES, columns):
+        return "transcription"
     label = _first(LABEL_NAMES, columns)
     if label and _first(CHOICES, columns):
         return "multiple-choice"
@@ -181,23 +288,20 @@ def prepare(source: str | Data, task: str | None = None, options: Options | None
     Needs no torch. Raises `VeneerError`s that name file, line, column and the flag to change.
     """
     if task is not None:
-        task_class(task)
+        named(task)
     data = read(source) if isinstance(source, str) else source
-    chosen = task or guess(data)
+    chosen, own = named(task or guess(data))
     cls = task_class(chosen)
-    options = options or Options()
+    options = _with(options or Options(), {"own": own})
     hinted = {k: v for k, v in data.hints.items() if k in ("text", "pair", "label") and getattr(options, k) is None}
     options = cls.columns(data.train, _with(options, hinted))
-    limits = (options.train_rows, options.validation_rows, options.test_rows)
-    made = cls(options, split(data, data.hints.get("key") or cls.key(options), limits))
+    made = cls(options, cls.divide(data, options), dict(data.facts))
     how = "" if task else " (guessed; --task changes it)" if "task" not in data.hints else " (--task changes it)"
     sizes = ", ".join(f"{len(table)} {name}" for name, table in made.splits.items())
     return made, [f"Task: {chosen}{how}; columns: {made.said() or 'messages'}", f"Data: {data.source}: {sizes} ({made.splits.note})"]
 
 
 def _with(options: Options, changes: dict[str, Any]) -> Options:
-    import dataclasses
-
     return dataclasses.replace(options, **changes)
 
 

@@ -23,15 +23,18 @@ def integers(tuned: Tuned, name: str | None = None) -> dict[str, Params]:
     W_eff = code · s + beta for every group of neighbouring columns (`weight_of`) is the very weight the adapter trains with.
 
     Raises:
-        Unsupported: the adapter's method has no integers, is stacked with another, or is merged into the base now.
+        Unsupported: the adapter's method has no integers, shares a site with another one, or is merged into the base now.
     """
     adapter = tuned._one(name)
-    if len(adapter.method.parts) > 1 or not hasattr(adapter.method, "pieces"):
-        raise Unsupported(f"integers: {adapter.method.label} does not learn the steps of its own integers; l4q alone does.")
+    own = [part for part in adapter.parts if hasattr(part.method, "pieces")]
+    shared = {part.site.name for part in own} & {part.site.name for part in adapter.parts if part not in own}
+    if not own or shared:
+        at = f" (both at {min(shared)})" if shared else ""
+        raise Unsupported(f"integers: {adapter.method.label} does not learn the steps of its own integers; l4q alone does{at}.")
     if tuned._merging:
         raise Unsupported("integers: adapters are merged into the base; call unmerge() first.")
     found: dict[str, Params] = {}
-    for part in adapter.parts:
+    for part in own:
         module, site, p = tuned.model.get_submodule(part.site.module), part.site, part.tensors()
         W = module._modules["veneer"].forms[site.parameter].weight(module)  # type: ignore[union-attr, index]
         W = W.to(compute_dtype(W))

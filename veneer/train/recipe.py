@@ -13,7 +13,9 @@ from typing import Any
 
 from veneer.errors import BadFile, BadValue, UnknownName, nearest
 from veneer.option import check, option
-from veneer.tasks.task import Options, task_class
+from veneer.tasks.task import Options, named
+from veneer.train import packed_base
+from veneer.train.packed_base import FORMATS, OPTIMIZERS
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -23,11 +25,11 @@ DEVICES = ("auto", "cpu", "cuda", "mps")
 class Recipe:
     """What to train on what, and how. Unknown names and values out of range raise before any model is loaded."""
 
-    model: str = option("", "model: a folder, a hub name, or minilm, smollm2, dinov2-small")
-    data: str = option("", "data: a file, a folder, movie-sentiment, fashion-mnist, arithmetic, or a `datasets` name")
+    model: str = option("", "model: a folder, a hub name, or minilm, smollm2, dinov2-small, whisper-tiny.en")
+    data: str = option("", "data: a file, a folder, movie-sentiment, fashion-mnist, arithmetic, asterisk-es, or a `datasets` name")
     method: str = option("lora", "method spec, such as lora(r=8) + ssf")
     slim: str | None = option(None, "a finished run with light-peft: prune its model and train on; its settings are the defaults")
-    task: str | None = option(None, "kind of problem; guessed from the data")
+    task: str | None = option(None, "kind of problem, with its own settings in brackets (veneer tasks); guessed from the data")
     out: str | None = option(None, "folder of the run; runs/<model>-<data>-<method>-<digest> if not given")
     epochs: float | None = option(None, "passes over the training rows (3 if steps is not given)", gt=0)
     steps: int | None = option(None, "optimiser steps, instead of epochs", ge=1)
@@ -45,10 +47,14 @@ class Recipe:
     base_dropout: float | None = option(None, "dropout of the base in training, 0 saves time; the model's own if not given", ge=0, lt=1)
     patience: int | None = option(None, "stop after so many evaluations without a better one", ge=1)
     precision: str = option("auto", "number format", choices=PRECISIONS)
+    quantise: str = option("none", "store the frozen base in 4 or 8 bits, through bitsandbytes", choices=FORMATS)
+    double_quant: bool = option(True, "with nf4 and fp4: the blocks' scales in 8 bits, too")
+    optimizer: str = option("adamw", "AdamW with states in 32 or 8 bits, paged to host memory or not", choices=tuple(OPTIMIZERS))
     device: str = option("auto", "where to train", choices=DEVICES)
     head: bool | str = option("auto", "train the task head too", choices=("auto", True, False))
     allow_unmatched: bool = option(False, "let single targets of the method match nothing")
     checkpointing: bool = option(False, "recompute activations to save memory")
+    reversible: str | None = option(None, "rebuild activations backwards: meft1, meft2, meft3, with options as in meft1(anchors=4)")
     base: bool = option(True, "evaluate the untouched base model first")
     text: str | None = option(None, "column of the text")
     pair: str | None = option(None, "column of the second text")
@@ -59,6 +65,25 @@ class Recipe:
     validation_rows: int | None = option(None, "at most so many validation rows", ge=1)
     test_rows: int | None = option(None, "at most so many test rows", ge=1)
     max_new_tokens: int = option(200, "longest generated answer in tokens", ge=1)
+    source: str | None = option(None, "domains to train on, separated by commas, of data that have several; all are tested on")
+    unlabelled: str | None = option(None, "domains whose training pictures are used without masks, with '+ self-training'")
+    vision: str = option("dinov2-small", "vision tower of image-captioning")
+    image_tokens: int = option(16, "tokens in which the language model of image-captioning sees a picture: a square number", ge=1)
+    others: str | None = option(None, "further data sets, separated by commas, that forgery-detection is tested on")
+    w_align: float = option(0.1, "forgery-detection: weight of the alignment of a class's features", ge=0)
+    w_uniform: float = option(0.5, "forgery-detection: weight of the uniformity of all features", ge=0)
+    slerp: bool = option(True, "move features along arcs within their class in training, in forgery-detection")
+    augment: bool = option(True, "mirror, move, blur and compress training pictures at random, in forgery-detection")
+    audio: str | None = option(None, "column of the sound file")
+    language: str | None = option(None, "language of the transcripts, such as es, for speech models of several")
+    max_seconds: float | None = option(None, "longest clip; Whisper then pads to this instead of 30 s, which saves time", gt=0)
+    template: str | None = option(None, "text-to-image: prompt of a row, such as 'a sketch of {description}', or of all rows")
+    prior_prompt: str | None = option(None, "text-to-image: what the untouched model paints so that it is not unlearned (DreamBooth)")
+    prior_pictures: int = option(50, "text-to-image: pictures that the prior is made of", ge=1)
+    prior_weight: float = option(1.0, "text-to-image: weight of the prior in the loss", ge=0)
+    text_encoder: bool = option(False, "adapt the text encoders too, in text-to-image")
+    sample_steps: int = option(25, "text-to-image: sampling steps of the pictures the run makes", ge=1)
+    guidance: float | None = option(None, "text-to-image: guidance of these pictures; the pipeline's own if not given", ge=0)
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -117,14 +142,19 @@ class Recipe:
         spec = parse_spec(self.method)
         if self.slim is not None:
             _check_slim(self.slim, spec)
+        if self.reversible is not None:
+            _check_reversible(self)
+        if bool(self.unlabelled) != any(slug == "self-training" for slug, _ in spec):
+            raise BadValue("--unlabelled DOMAIN and '+ self-training' at the end of --method go together: give both or neither.")
         if self.task is not None:
-            task_class(self.task)
+            named(self.task)
         check_model(self.model)
+        packed_base.check(self)
 
     @property
     def options(self) -> Options:
         """The part of the recipe that is the task's."""
-        return Options(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Options)})
+        return Options(**{f.name: getattr(self, f.name) for f in dataclasses.fields(Options) if f.name != "own"})
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -156,7 +186,7 @@ def check_model(name: str) -> None:
         if not available(name):
             raise MissingExtra(f"The model {name!r} is not installed. Run `make carriers`, or:\n{INSTALL[name]}")
     elif path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / file).is_file() for file in ("config.json", "model_index.json")):
             raise BadFile(f"{name} is no model folder: it holds no config.json.")
     elif name.startswith((".", "/", "~")) or path.exists():
         raise BadFile(f"There is no model folder {name}.")
@@ -186,6 +216,16 @@ def _check_slim(folder: str, spec: list[tuple[str, dict[str, Any]]]) -> None:
     trained, given = ([part for part in parts if part[0] not in pruning] for parts in (before, spec))
     if given != trained or len(spec) != len(before):
         raise BadValue(f"--slim {folder}: its modules go on; give --method only to change what stands in {', '.join(pruning)}(…).")
+
+
+def _check_reversible(recipe: Recipe) -> None:
+    """Refuses a spec that is none, and what does not go with reversible blocks."""
+    from veneer.streams.scheme import Scheme
+
+    Scheme.of(recipe.reversible or "")
+    if recipe.checkpointing or recipe.slim:
+        other = "checkpointing" if recipe.checkpointing else "slim"
+        raise BadValue(f"recipe: reversible={recipe.reversible!r} and {other} exclude each other; leave one of them out.")
 
 
 def _number(value: Any) -> Any:

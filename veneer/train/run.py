@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from veneer.errors import BadValue, MissingExtra
 from veneer.tasks.metric import Measured, Metric
 from veneer.tasks.task import Task, prepare
+from veneer.train import packed_base
 from veneer.train.interrupt import Interrupt, Interrupted
 from veneer.train.outcome import RUN_FILE, Outcome, read_run
 from veneer.train.recipe import Recipe
@@ -81,7 +82,8 @@ def _begun(folder: Path, recipe: Recipe, again: bool) -> dict[str, Any]:
     if not (folder / RUN_FILE).is_file():
         return {}
     record = read_run(folder)
-    before, now = record["recipe"], json.loads(json.dumps(recipe.identity))
+    before = {**{f.name: f.default for f in dataclasses.fields(Recipe)}, **record["recipe"]}  # settings that are newer than the run
+    now = json.loads(json.dumps(recipe.identity))
     other = [name for name in now if before.get(name) != now[name]]
     if other and not again:
         shown = ", ".join(f"{name} {before.get(name)!r} → {now[name]!r}" for name in other[:3])
@@ -127,6 +129,8 @@ class Run:
         record = record or {"recipe": recipe.identity, "task": about(task), "device": device, "precision": precision}
         self.write(record)
         tuned, lr = self.attach(model, processor)
+        for line in task.before(tuned, processor, self.folder):
+            self.say(line)
         trainer = self.trainer(tuned, processor, lr, device, precision)
         if recipe.base and "base" not in record:
             record.update(self.base(tuned, trainer, processor))
@@ -136,6 +140,8 @@ class Run:
         self.run(trainer)
         found = self.test(trainer, processor, "adapted")
         self.say(f"Adapted: {_shown(found.metrics)}")
+        for line in task.after(tuned, processor, self.folder) if self.main else ():
+            self.say(line)
         outcome = self.outcome(tuned, trainer, found, _metrics(record.get("base", {})))
         if self.main:
             self.write({**record, "outcome": outcome.as_json()})
@@ -158,6 +164,8 @@ class Run:
             tuned = self.slimmed(model, method, self.batches(processor, 1, model)[0])
         else:
             batches = self.batches(processor, wanted, model) if wanted else None
+            if recipe.reversible:
+                self.say(str(veneer.reversible(model, recipe.reversible)))
             tuned = veneer.attach(
                 model, method, seed=recipe.seed, head=recipe.head, allow_unmatched=recipe.allow_unmatched, batches=batches
             )
@@ -200,6 +208,7 @@ class Run:
 
     def trainer(self, tuned: Tuned, processor: Any, lr: float, device: str, precision: str) -> RunTrainer:
         from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+        from transformers.training_args import OptimizerNames
 
         from veneer.train.loop import Rows, RunCallback, RunTrainer
 
@@ -239,6 +248,11 @@ class Run:
             bf16=precision == "bf16",
             fp16=precision == "fp16",
         )
+        optimizer, note = packed_base.optimizer(recipe, device)
+        if optimizer is not None:
+            args.optim = OptimizerNames(optimizer)
+        if note:
+            self.say(note)
         if recipe.checkpointing:
             # set on the arguments only when wanted: the Trainer renames this setting and warns about it in every run
             setattr(args, "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing", True)
@@ -271,7 +285,7 @@ class Run:
         """Whether the last step is what is kept, not the best one."""
         import veneer
 
-        return not self.recipe.slim and any(part.last_counts for part in veneer.parse(self.recipe.method).parts)
+        return self.task.last_counts or (not self.recipe.slim and any(part.last_counts for part in veneer.parse(self.recipe.method).parts))
 
     def total(self) -> int:
         """Number of optimiser steps."""
@@ -309,7 +323,7 @@ class Run:
         found = trainer.measure(rows, processor)
         further = task.generate(trainer.model, processor, rows, trainer.args.per_device_eval_batch_size)
         if further is not None:
-            found = Measured({**further.metrics, **found.metrics}, further.correct)
+            found = Measured({**further.metrics, **found.metrics}, found.correct if further.correct is None else further.correct)
         self.log("test", model=what, metrics=_as_json(found.metrics))
         return found
 
@@ -320,7 +334,7 @@ class Run:
         if self.main:
             facts = {"model": self.recipe.model, "data": self.recipe.data, "task": self.task.slug, "steps": trainer.state.global_step}
             tuned.save(folder, metrics=_as_json(found.metrics), **facts)
-        main = "accuracy" if "accuracy" in found.metrics else self.task.main
+        main = self.task.headline if self.task.headline in found.metrics else self.task.main
         return Outcome(
             folder=self.folder,
             method=self.recipe.method,
@@ -402,15 +416,15 @@ def load(recipe: Recipe, task: Task, device: str, precision: str) -> tuple[Any, 
 
     set_seed(recipe.seed)  # a fresh head is drawn here
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    model, processor = task.load(recipe.model, dtype=dtype)
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    model, processor = task.load(recipe.model, dtype=dtype, **packed_base.loading(recipe, dtype, device))
     if recipe.base_dropout is not None:
         _set_dropout(model, recipe.base_dropout)
     config: Any = model.config
     if getattr(config, "use_cache", None):
         config.use_cache = False
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    return model.to(device), processor
+    return (model if recipe.quantise != "none" else model.to(device)), processor
 
 
 def _set_dropout(model: Any, p: float) -> None:
@@ -467,8 +481,9 @@ def _metrics(found: dict[str, Any]) -> dict[str, Metric]:
     return {name: Metric(**values) for name, values in found.items()}
 
 
-def _shown(metrics: dict[str, Metric]) -> str:
-    return ", ".join(f"{name} {metric}" for name, metric in metrics.items())
+def _shown(metrics: dict[str, Metric], most: int = 16) -> str:
+    said = [f"{name} {metric}" for name, metric in metrics.items()]
+    return ", ".join(said[:most]) + (f" and {len(said) - most} more in {RUN_FILE}" if len(said) > most else "")
 
 
 def _flags(recipe: Recipe) -> str:

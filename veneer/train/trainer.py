@@ -7,8 +7,9 @@ The model given to the trainer must have adapters attached (`veneer.attach`).
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +77,9 @@ class AdapterTrainerMixin:
         accelerator: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        model = kwargs.get("model", args[0] if args else None)
+        with _with_adapters(model):
+            super().__init__(*args, **kwargs)
         base: Any = self
         present = next((c for c in base.callback_handler.callbacks if isinstance(c, VeneerCallback)), None)
         self.strategies = present or VeneerCallback()
@@ -223,6 +226,20 @@ class AdapterTrainerMixin:
 
 class AdapterTrainer(AdapterTrainerMixin, Trainer):  # type: ignore[misc]
     """transformers' Trainer for a model with adapters."""
+
+
+@contextlib.contextmanager
+def _with_adapters(model: Any) -> Iterator[None]:
+    """The Trainer refuses quantised models unless this mark says that something on them trains."""
+    mark = "_hf_peft_config_loaded"
+    if not getattr(model, "is_quantized", False) or getattr(model, mark, False):
+        yield
+        return
+    setattr(model, mark, True)
+    try:
+        yield
+    finally:
+        setattr(model, mark, False)
 
 
 def put_back(tuned: Tuned, folder: str | Path) -> None:

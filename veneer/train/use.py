@@ -53,7 +53,7 @@ def evaluate(folder: str | Path, data: str | None = None) -> dict[str, Metric]:
     recipe = Recipe.of(record["recipe"])
     kept = record["task"]
     if data is None:
-        task, _ = prepare(recipe.data, kept["name"], recipe.options)
+        task, _ = prepare(recipe.data, recipe.task or kept["name"], recipe.options)
         table = task.splits.test
     else:
         given = read(data)
@@ -90,4 +90,6 @@ def measure(model: Any, processor: Any, task: Task, batch_size: int = 32) -> Any
                 kept[i] = row
     measured = task.measure(np.stack(kept), rows)
     further = task.generate(model, processor, rows, batch_size)
-    return measured if further is None else Measured({**further.metrics, **measured.metrics}, further.correct)
+    if further is None:
+        return measured
+    return Measured({**further.metrics, **measured.metrics}, measured.correct if further.correct is None else further.correct)

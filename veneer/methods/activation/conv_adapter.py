@@ -11,6 +11,7 @@ from torch import Generator, Tensor
 from veneer.errors import BadValue
 from veneer.init import kaiming_uniform, ones, uniform, zeros
 from veneer.maths.convolved import dilated, mapped, pointwise, squeezed
+from veneer.maths.looking_back import decoding
 from veneer.method import Call, Method, Params
 from veneer.option import option
 from veneer.site import Site
@@ -22,7 +23,8 @@ class ConvAdapter(Method):
 
     In "deep" h = down_w y + down_b, then h ← h + conv_w_i ∗ GELU(h) with dilation 2^i for i < blocks, and the gate is
     σ(gate_2 ReLU(gate_1 mean h)), the mean over all places. Pick "deep" where neighbours in time or space matter (audio,
-    textures), in models that see their input at once; "pointwise" anywhere. Not where inference must be free.
+    textures); "pointwise" anywhere. Not where inference must be free. In decoders "deep" wants causal=True and, as it sees only
+    the tokens handed in, generation with use_cache=False.
 
     Tensors, C channels: pointwise down_w [blocks, m, C], Xavier-uniform; up_w [blocks, C, m], zeros: starts as the base; deep
     down_w [m, C], Kaiming-uniform(√5), up_w [C, m], zeros; conv_w [blocks, m, m, kernel…], conv_b [blocks, m], gate_1
@@ -31,7 +33,7 @@ class ConvAdapter(Method):
 
     Args:
         m: None means C // reduction.
-        dims: at blocks and sub-layers 0 means tokens, channels last, and kernels run along them; 1, 2, 3: maps with channels
+        dims: at blocks, sub-layers and norms 0 means tokens, channels last, and kernels run along them; 1, 2, 3: maps with channels
             at axis 1 and so many axes behind. Convolutions have their own.
     """
 
@@ -41,18 +43,18 @@ class ConvAdapter(Method):
     blocks: int = option(1, "residual convolutions, one after another", ge=1)
     kernel: int = option(3, "deep: side of the kernels, odd", ge=1)
     dims: int = option(0, "axes of the maps; 0: tokens", ge=0, le=3)
+    causal: bool = option(False, "deep: kernels and gate see earlier tokens only: for decoders")
     norm: bool = option(False, "pointwise: normalise the channels of the result")
     dropout: float = option(0.0, "deep: dropout before the sum, in training", ge=0, lt=1)
 
-    kinds = ("block", "branch", "conv")
+    kinds = ("block", "branch", "norm", "conv")
     sizes = ("m",)
     default_targets = "block"
     aliases = {"k": "m", "bottleneck": "m", "reduction_factor": "reduction", "kernel_size": "kernel", "num_blocks": "blocks"}
 
     @property
     def limits(self) -> dict[str, str]:  # type: ignore[override]
-        near = {"identity": "the result is normalised"} if self.norm else {}
-        return {"merge": "it is nonlinear", **near}
+        return {"merge": "it is nonlinear", **({"identity": "the result is normalised"} if self.norm else {})}
 
     def validate(self) -> None:
         if self.kernel % 2 == 0:
@@ -62,11 +64,14 @@ class ConvAdapter(Method):
 
     def select(self, sites: Sequence[Site]) -> list[Site]:
         found = super().select(sites)
-        decoders = {s.depth for s in sites if s.kind == "attention" and s.causal}
-        for site in found:
-            if self.form == "deep" and site.depth in decoders:
-                raise self.refuse("form='deep' looks at tokens {at} that a decoder has not made yet; choose form='pointwise'.", site)
+        decoders = decoding(sites) if self.form == "deep" and not self.causal else set()
+        if ahead := next((s for s in found if s.name in decoders), None):
+            raise self.refuse("form='deep' would look at later tokens {at}, in a decoder; choose causal=True or form='pointwise'.", ahead)
         return found
+
+    def check(self, site: Site) -> None:
+        if self.causal and self.axes(site):
+            raise self.refuse("causal=True is for tokens in their order, not for maps, {at}; choose dims=0 or other targets.", site)
 
     def axes(self, site: Site) -> int:
         return len(site.kernel) if site.kind == "conv" else self.dims
@@ -105,8 +110,8 @@ class ConvAdapter(Method):
         if not axes:  # [batch, C, tokens]
             y = y.movedim((site.batch_dim, 2), (0, 1))
         if self.form == "deep":
-            h = dilated(mapped(y, q["down_w"], q["down_b"]), q["conv_w"], q["conv_b"])
-            h = squeezed(h, q["gate_1"], q["gate_2"])
+            h = dilated(mapped(y, q["down_w"], q["down_b"]), q["conv_w"], q["conv_b"], self.causal)
+            h = squeezed(h, q["gate_1"], q["gate_2"], self.causal)
             y = y + F.dropout(mapped(h, q["up_w"], q["up_b"]), self.dropout, call.training)
         else:
             y = pointwise(y, q)
