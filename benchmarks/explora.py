@@ -27,7 +27,7 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "explora-fashion.yaml"
 WAYS = {
     "self-distillation, ExPLoRA": {},
     "self-distillation, LoRA alone": {"method": "lora(r=16)"},
-    "masked autoencoding, ExPLoRA": {"task": "self-supervised-images(objective=mae)", "steps": "400"},
+    "masked autoencoding, ExPLoRA": {"task": "self-supervised-images(objective=mae)", "steps": "200"},
 }
 T95 = {5: 2.776, 10: 2.262}
 """Student's t for a 95 % interval of so many draws."""

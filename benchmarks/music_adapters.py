@@ -1,7 +1,7 @@
 """Linear, convolution and transformer adapters in MusicGen: what they cost, and what they learn of instrument notes (arXiv:2506.21298).
 
     python benchmarks/music_adapters.py cost                     # MusicGen-medium's architecture, no weights needed
-    python benchmarks/music_adapters.py notes [--steps 150]      # a small MusicGen and the notes of a sound font
+    python benchmarks/music_adapters.py notes [--steps 30]      # a small MusicGen and the notes of a sound font
 
 cost: for every placement and budget the width that fits (the largest not above it), trained numbers, their share of the model, and
 the operations of a forward pass over 500 steps (10 s) of music beside the base's. Where several sites are adapted they share the budget.
@@ -176,7 +176,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("cost", "notes"))
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--pretraining", type=int, default=300)
     given = parser.parse_args()
     logging.set_verbosity_error()

@@ -100,8 +100,10 @@ def base_in(form: str, folder: str) -> Any:
 def qlora(form: str, folder: str, words: Words, steps: int) -> dict[str, Any]:
     """One row of the first table; a bf16 LoRA steps in turn with it."""
     model, plain = base_in(form, folder), Trial(base_in("bf16", folder), LORA, words)
-    size, before = model.get_memory_footprint(), words.loss(model)
-    layers = sum(bytes_of(layer) for layer in packed_layers(model).values())
+    layers = sum(bytes_of(layer) for layer in packed_layers(model).values())  # evaluation repacks them on some CPUs
+    layers = layers or sum(layer.weight.nbytes for layer in linears(model).values())
+    size = model.get_memory_footprint() - sum(layer.weight.nbytes for layer in linears(model).values()) + layers
+    before = words.loss(model)
     trial = Trial(model, LORA, words)
     pairs = [(trial.step(), plain.step()) for _ in range(5)]
     model.train()

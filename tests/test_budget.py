@@ -97,7 +97,7 @@ def test_sizes_are_hyper_parameters() -> None:
         named = {o.name for o in card.options}
         cls = registry.load(card.slug)
         assert set(cls.sizes) <= named or cls.sizes == ("r",), card.slug
-        assert "r" not in named or cls.sizes != (), card.slug
+        assert "r" not in named or cls.sizes != () or card.slug == "pyra", card.slug  # whose r is a number of tokens
 
 
 # -- searching --------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from veneer.errors import BadFile, BadValue, VeneerError
 from veneer.models.captioner import CaptionerConfig, ImageTokensForCaptioning
 from veneer.tasks.fashion_captions import captioned, lights, shapes, tones
 from veneer.tasks.image_captioning import names
-from veneer.tasks.task import Options, prepare
+from veneer.tasks.task import Options, prepare, with_own
 from veneer.train import Recipe, evaluate, predict, train
 
 SMALL = dict(hidden_size=12, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
@@ -205,7 +205,8 @@ def shown(folder: Path, count: int = 60, name: str = "captions.csv") -> str:
 
 
 def settings(models: Path, data: str, out: Path, **changes: Any) -> Recipe:
-    given = dict(model=str(models / "language"), vision=str(models / "tower"), data=data, out=str(out), method="context-peft(r=4)",
+    given = dict(task="image-captioning", model=str(models / "language"),
+                  vision=str(models / "tower"), data=data, out=str(out), method="context-peft(r=4)",
                  steps=40, batch_size=16, lr=3e-2, image_tokens=4, image_size=28, max_new_tokens=6, eval_every=40)  # fmt: skip
     return Recipe.of({**given, **changes})
 
@@ -276,18 +277,20 @@ def test_mistakes(line: str, options: dict[str, Any], error: type[VeneerError], 
     with (data / "captions.csv").open("a") as file:
         file.write("\n" + line)
     with pytest.raises(error) as caught:
-        prepare(str(data), None, Options(**{"vision": str(models / "tower"), **options}))
+        own = {"vision": str(models / "tower"), **{k: v for k, v in options.items() if k != "text"}}
+        prepare(str(data), with_own("image-captioning", own), Options(text=options.get("text")))
     assert all(word in str(caught.value) for word in words)
 
 
 def test_long_captions_are_refused_not_cut(models: Path, tmp_path: Path) -> None:
-    task, _ = prepare(shown(tmp_path / "d"), None, Options(vision=str(models / "tower"), image_tokens=4, max_length=200))
+    seeing = with_own("image-captioning", {"vision": str(models / "tower"), "image_tokens": 4})
+    task, _ = prepare(shown(tmp_path / "d"), seeing, Options(max_length=200))
     _, reader = task.load(str(models / "language"))
     row = dict(task.splits.train.rows[0])
     assert len(task.encode([{**row, "caption": " ".join("a" * 58)}], reader)[0]["input_ids"]) == 64  # all positions there are
     with pytest.raises(BadValue, match=r"'a a a .*has 60 tokens with its end, and at most 59 fit: that is all the language model can read"):
         task.encode([{**row, "caption": " ".join("a" * 59)}], reader)
-    short, _ = prepare(shown(tmp_path / "d"), None, Options(vision=str(models / "tower"), image_tokens=4, max_length=5))
+    short, _ = prepare(shown(tmp_path / "d"), seeing, Options(max_length=5))
     with pytest.raises(BadValue, match=r"at most 5 fit: give more with --max-length"):
         short.encode([{**row, "caption": "a a a a a"}], reader)
 

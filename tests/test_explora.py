@@ -198,6 +198,9 @@ def test_the_backbone_reads_kept_patches_alone() -> None:
 def test_the_teacher_is_the_running_mean_of_what_is_trained(seed: int) -> None:
     torch.manual_seed(seed)
     made = models.SelfDistillationForSelfSupervision(backbone(), 1, 16).train()
+    logits = torch.randn(4, 16)
+    balanced = models.SelfDistillationForSelfSupervision(backbone(), 1, 16, "sinkhorn").teacher
+    torch.testing.assert_close(balanced.answers("class", logits, True), losses.sinkhorn(logits, 0.04))
     tuned = veneer.attach(made, "explora(r=2)")
     teacher = made.teacher
     tuned.adapters["default"].strategies.append(teacher)
@@ -278,7 +281,7 @@ def run(home: Path, out: Path, *more: str, data: str = "bare") -> int:
 
 @pytest.mark.parametrize("objective", ["mae", "dino"])
 def test_two_stages(objective: str, home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    task = f"self-supervised-images(objective={objective}, mask_ratio=0.5, local_crops=1, prototypes=16)"
+    task = f"self-supervised-images(objective={objective}, mask_ratio=0.5, local_crops=1, prototypes=16, centring=sinkhorn)"
     named = objective == "mae"
     assert run(home, tmp_path / "first", "--task", task, "--method", "explora(r=2)", data="named" if named else "bare") == 0
     told = capsys.readouterr().out

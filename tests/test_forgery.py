@@ -27,7 +27,7 @@ from veneer.tasks.faces import Faces
 from veneer.tasks.fashion_forgeries import MANIPULATIONS, SIDE, half_forged
 from veneer.tasks.forgery_detection import ForgeryDetection
 from veneer.tasks.picture_noise import as_jpeg, blurred, disturbed
-from veneer.tasks.task import Options, prepare
+from veneer.tasks.task import Options, prepare, with_own
 from veneer.tasks.videos import FRAMES
 from veneer.train import Recipe, evaluate, predict, train
 
@@ -269,8 +269,10 @@ MISTAKES: list[tuple[str, str, list[str], dict[str, Any], type[VeneerError], lis
 def test_mistakes(
     header: str, lines: list[str], options: dict[str, Any], error: type[VeneerError], words: list[str], tmp_path: Path
 ) -> None:
+    own = {name: options[name] for name in ("others",) if name in options}
+    options = {name: value for name, value in options.items() if name not in own}
     with pytest.raises(error) as caught:
-        prepare(csv(tmp_path, header, *lines), "forgery-detection", Options(**options))
+        prepare(csv(tmp_path, header, *lines), with_own("forgery-detection", own), Options(**options))
     message = str(caught.value)
     assert len(message.splitlines()) <= 3 and all(word in message for word in words)
 
@@ -279,7 +281,7 @@ def test_other_data_of_one_class_are_refused(folders: Path, tmp_path: Path) -> N
     (tmp_path / "real").mkdir(parents=True)
     Image.new("L", (30, 30)).save(tmp_path / "real" / "0.png")
     with pytest.raises(BadValue, match="all of them are called real"):
-        prepare(str(folders / "down"), "forgery-detection", Options(others=str(tmp_path)))
+        prepare(str(folders / "down"), with_own("forgery-detection", {"others": str(tmp_path)}))
 
 
 # -- disturbances -----------------------------------------------------------------------------------------------
@@ -289,7 +291,7 @@ def test_training_pictures_are_disturbed_and_others_are_not(folders: Path, tower
     task, _ = prepare(str(folders / "down"), "forgery-detection")
     splits = task.splits
     assert task.encode(splits.train.rows, None)[0]["disturb"] and not task.encode(splits.test.rows, None)[0]["disturb"]
-    plain, _ = prepare(str(folders / "down"), "forgery-detection", Options(augment=False))
+    plain, _ = prepare(str(folders / "down"), "forgery-detection(augment=false)")
     assert not plain.encode(plain.splits.train.rows, None)[0]["disturb"]
     collate = task.collator(CLIPImageProcessor.from_pretrained(tower))
     first, second = (collate([task.encode(splits.train.rows, None)[0]])["pixel_values"] for _ in range(2))

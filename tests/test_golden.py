@@ -455,7 +455,9 @@ def test_ln_tuning(index: int) -> None:
     case.agree("out.z", F.linear(y, case["W"], case["b"]))
 
 
-STUDIES = ("sparse-scaling-laws",)
+STUDIES = (
+    "sparse-scaling-laws", "music-adapters", "clip-deepfake", "unit-test-generation", "code-generation", "meft", "winter-wheat", "note-dpo",
+)  # fmt: skip
 
 
 def test_every_golden_file_belongs_to_a_method() -> None:

@@ -50,6 +50,7 @@ def test_saved_and_loaded_it_answers_the_same_and_a_bare_backbone_takes_a_head(t
     headed = PointMAEForPointCloudClassification.from_pretrained(tmp_path / "bare", num_labels=5).eval()
     assert POINTS.answers(headed).shape[1] == 5
     batch = POINTS.batch(dtype=torch.float32)
+    assert torch.equal(headed.point_mae.piece_std, model.point_mae.piece_std) and (headed.point_mae.piece_std == 1).all()
     assert torch.equal(headed.point_mae(**batch).last_hidden_state, model.point_mae(**batch).last_hidden_state)
     skeleton = anatomy.skeleton(str(tmp_path / "whole"))
     assert type(skeleton) is PointMAEForPointCloudClassification and all(p.is_meta for p in skeleton.parameters())
@@ -109,6 +110,16 @@ def test_positions_may_be_added_once() -> None:
         by_hand = layer(by_hand, None, centers)
     torch.testing.assert_close(once.point_mae(**batch).last_hidden_state, every.point_mae.encoder.norm(by_hand))
     assert not torch.allclose(every.point_mae(**batch).last_hidden_state, once.point_mae(**batch).last_hidden_state)
+
+
+def test_heads_read_pieces_in_units_of_their_spread_over_the_clouds() -> None:
+    backbone, clouds = POINTS.build().point_mae, torch.randn(12, 24, 3).double()
+    backbone.standardise(clouds, batch=5)
+    pieces = backbone.pieces(backbone(clouds).last_hidden_state)
+    for i in (0, 2):
+        torch.testing.assert_close(pieces[:, i].mean(0), torch.zeros(16).double(), atol=1e-8, rtol=0)
+        torch.testing.assert_close(pieces[:, i].std(0), torch.ones(16).double(), atol=1e-3, rtol=0)
+    assert not pieces[:, 1].any()  # no prompts
 
 
 WRONG_MODELS: dict[str, tuple[Any, list[str]]] = {

@@ -29,7 +29,7 @@ from veneer.tasks.described_fashion import described  # noqa: E402
 from veneer.tasks.described_pictures import listed, prompt_of  # noqa: E402
 from veneer.tasks.image_classification import open_picture  # noqa: E402
 from veneer.tasks.latent_rows import LatentRows, stacked, text_bytes  # noqa: E402
-from veneer.tasks.task import Options, prepare  # noqa: E402
+from veneer.tasks.task import Options, prepare, with_own  # noqa: E402
 from veneer.tools.diffusers_lora import read_back, save_diffusers  # noqa: E402
 from veneer.train import Outcome, Recipe, train  # noqa: E402
 
@@ -408,7 +408,7 @@ def test_prompts_from_descriptions_attributes_and_templates(tmp_path: Path) -> N
 
 def test_one_subject_needs_pictures_and_a_template_only(tmp_path: Path) -> None:
     folder = outfits(tmp_path / "d", 12) / "images"
-    task, _ = prepare(str(folder), "text-to-image", Options(template="a photo of sks dress"))
+    task, _ = prepare(str(folder), "text-to-image(template='a photo of sks dress')")
     assert {task.prompt(row) for row in task.splits.train.rows} == {"a photo of sks dress"}  # type: ignore[attr-defined]
 
 
@@ -477,7 +477,7 @@ MISTAKES = {
     "broken": (BadFile, r"line 6 .*05.png cannot be read as a picture"),
     "text file": (BadFile, r"line 6 .*05.png cannot be read as a picture"),
     "twice": (BadValue, r"is the same picture as .*Leave one of them out"),
-    "no description": (BadValue, r"no descriptions; there are .*--template"),
+    "no description": (BadValue, r"no descriptions; there are .*template="),
     "template": (BadValue, r"no column 'color'.*Nearest: 'colour'"),
 }
 
@@ -487,7 +487,7 @@ def test_mistakes_in_the_data(what: str, tmp_path: Path) -> None:
     options = spoilt(tmp_path / "d", what)
     kind, words = MISTAKES[what]
     with pytest.raises(kind, match=f"(?s){words}"):
-        prepare(str(tmp_path / "d"), "text-to-image", Options(**options))
+        prepare(str(tmp_path / "d"), with_own("text-to-image", options))
 
 
 def test_a_wrong_split_is_told_with_its_line(tmp_path: Path) -> None:

@@ -310,6 +310,36 @@ def test_users_own_trainer_gets_extra_losses_rates_and_small_checkpoints(tiny_be
     assert torch.allclose(full, plain + sum(tuned.loss_terms().values()), atol=1e-6)
 
 
+def test_a_run_that_ends_before_its_test_takes_no_step_more(
+    tiny_bert: Path, reviews: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from veneer.train.run import Run
+
+    whole = train(recipe(tiny_bert, reviews, tmp_path / "whole"), progress=False, say=quiet)
+    real = Run.test
+
+    def dies(self: Run, *args: object) -> object:
+        if args[-1] == "adapted":
+            raise OSError("out of power")
+        return real(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Run, "test", dies)
+    with pytest.raises(OSError, match="out of power"):
+        train(recipe(tiny_bert, reviews, tmp_path / "cut"), progress=False, say=quiet)
+    monkeypatch.undo()
+    again = train(recipe(tiny_bert, reviews, tmp_path / "cut"), progress=False, say=quiet)
+    assert (again.steps, again.best_step, again.metrics) == (whole.steps, whole.best_step, whole.metrics)
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_a_strategy_does_not_slow_what_it_goes_with() -> None:
+    import veneer
+    from veneer.train.run import default_rate
+
+    alone = default_rate(veneer.parse("probe"))
+    assert default_rate(veneer.parse("probe + deft")) == alone > default_rate(veneer.parse("lora + probe + deft"))
+
+
 # -- recipes ----------------------------------------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ INSTALL |= {TINY: INSTALL["fashion-mnist"]}
 def tiny_diffusion_dir() -> Path:
     """A latent diffusion pipeline (UNet of 1.1 M parameters, pictures of 32 × 32) that has learned clothes, but no shoes and no bags.
 
-    No small pretrained one can be had: this is trained here, once, in about five minutes of one core, on 6,000 pictures of
+    No small pretrained one can be had: this is trained here, once, in about four minutes of one core, on 6,000 pictures of
     Fashion-MNIST (licence: MIT; Xiao, Rasul and Vollgraf 2017, arXiv:1708.07747).
     """
     _fashion_source()

@@ -95,7 +95,7 @@ def works(run: Run, case: Case, bare: Tensor, fresh: Tensor) -> None:
     assert torch.equal(case.answers(again.model), case.answers(model.eval())), "saved and loaded, it answers differently"
     resumes(run, Run(case, again))
     plain = tuned.remove("default").detach()
-    assert all(torch.equal(p, base[name]) for name, p in plain.named_parameters()) and torch.equal(case.answers(plain), bare)
+    assert all(torch.equal(p, base[name]) for name, p in plain.named_parameters()) and torch.equal(case.answers(plain.eval()), bare)
 
 
 def resumes(run: Run, again: Run) -> None:

@@ -27,7 +27,7 @@ def judge(
     domain: Annotated[str, Flag("what the questions are about, for the judge")] = "a technical domain",
     repeat: Annotated[float, Flag("share of the questions that are judged twice")] = 0.05,
 ) -> Any:
-    """Compare a run's answers with the untouched base's or another run's: by a judge in both orders, and by the facts they hold."""
+    """Compare a run's answers with the untouched base's or another run's: by a judge, and by the facts they hold."""
     folder = run_folder(run)
     other = run_folder(against) if against else None
     if rows is not None and rows < 1:

@@ -18,7 +18,7 @@ COMMANDS = {
     "evaluate": ("use", "Measure a finished run on its test rows or on other data."),
     "predict": ("use", "Answer bare inputs with a finished run."),
     "summaries": ("summaries", "Show a stay's events and the summary that a finished run writes of them, on a page of this machine."),
-    "judge": ("judge", "Compare a run's answers with the untouched base's or another run's: by a judge in both orders, and by facts."),
+    "judge": ("judge", "Compare a run's answers with the untouched base's or another run's: by a judge, and by the facts they hold."),
     "merge": ("export", "Write the adapter into the model's weights: a plain model that needs no veneer."),
     "export": ("export", "Write an adapter in another form: Hugging Face PEFT's, veneer's, or merged into the model."),
     "inspect": ("folder", "Show what an adapter's folder holds: method, base model, sites, sizes, training."),

@@ -99,8 +99,7 @@ class Diffusion(nn.Module):
         if half:
             vae.half()
         spread = getattr(found, "latent_dist", None)
-        mean = spread.mean if spread is not None else found[0]
-        std = spread.std if spread is not None else torch.zeros_like(mean)
+        mean, std = (spread.mean, spread.std) if spread is not None else (found[0], torch.zeros_like(found[0]))
         shift, scale = vae.config.get("shift_factor") or 0.0, vae.config.get("scaling_factor") or 1.0
         return torch.stack([(mean - shift) * scale, std * scale], 1).float()
 

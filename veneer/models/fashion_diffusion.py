@@ -1,6 +1,6 @@
 """A small diffusion pipeline trained from nothing on pictures of clothes: the base of the text-to-image recipes.
 
-Small pretrained diffusion models cannot be had, so this one is made on first use, in about five minutes of one core: an
+Small pretrained diffusion models cannot be had, so this one is made on first use, in about four minutes of one core: an
 autoencoder, then a UNet with prompts. It has seen shirts, trousers, pullovers, dresses and coats, but no shoes and no bags.
 """
 

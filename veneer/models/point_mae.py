@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutput, SequenceClassifierOutput
 
 from veneer.errors import BadValue
-from veneer.models.point_mae_config import PointMAEConfig
+from veneer.models.point_mae_config import PIECES, PointMAEConfig
 from veneer.models.point_mae_layers import PointMAEEmbeddings, PointMAEEncoder, PointMAELayer
 
 __all__ = ["PointMAEConfig", "PointMAEForPointCloudClassification", "PointMAELayer", "PointMAEModel", "PointMAEPreTrainedModel"]
@@ -49,6 +49,9 @@ class PointMAEPreTrainedModel(PreTrainedModel):
         if isinstance(module, PointMAEEmbeddings):
             init.trunc_normal_(module.cls_token, std=self.config.initializer_range)
             init.trunc_normal_(module.cls_position, std=self.config.initializer_range)
+        elif isinstance(module, PointMAEModel):
+            init.zeros_(module.piece_mean)
+            init.ones_(module.piece_std)
 
 
 class PointMAEModel(PointMAEPreTrainedModel):
@@ -57,10 +60,15 @@ class PointMAEModel(PointMAEPreTrainedModel):
     Raises `BadValue` for points of another shape, or too few of them for the patches.
     """
 
+    piece_mean: Tensor
+    piece_std: Tensor
+
     def __init__(self, config: PointMAEConfig) -> None:
         super().__init__(config)
         self.embeddings = PointMAEEmbeddings(config)
         self.encoder = PointMAEEncoder(config, config.num_hidden_layers)
+        self.register_buffer("piece_mean", torch.zeros(len(PIECES), config.hidden_size))
+        self.register_buffer("piece_std", torch.ones(len(PIECES), config.hidden_size))
         self.post_init()
 
     def forward(self, points: Tensor) -> BaseModelOutput:
@@ -73,6 +81,25 @@ class PointMAEModel(PointMAEPreTrainedModel):
             )
         tokens, positions, centers, _ = self.embeddings(points)
         return BaseModelOutput(last_hidden_state=self.encoder(tokens, positions, centers))
+
+    def pieces(self, hidden: Tensor) -> Tensor:
+        """What heads read of the tokens [B, T, d]: class token, mean of the prompts behind it (0 without), maximum of the patches, which
+        are the last tokens; [B, 3, d], each channel less its mean over the pre-training clouds and in units of its spread there."""
+        G = self.config.num_groups
+        prompts = hidden[:, 1:-G]
+        middle = prompts.mean(1) if prompts.shape[1] else torch.zeros_like(hidden[:, 0])
+        return (torch.stack([hidden[:, 0], middle, hidden[:, -G:].amax(1)], 1) - self.piece_mean) / self.piece_std
+
+    @torch.no_grad()
+    def standardise(self, clouds: Tensor, batch: int = 64) -> None:
+        """Takes mean and spread of the class token and the patches over clouds [n, N, 3], as the norm in front of a linear probe
+        of a masked autoencoder does (arXiv:2111.06377); there is nothing to train in it."""
+        init.zeros_(self.piece_mean)
+        init.ones_(self.piece_std)
+        found = torch.cat([self.pieces(self(part).last_hidden_state) for part in clouds.split(batch)])
+        for i in (PIECES.index("cls"), PIECES.index("patch")):
+            self.piece_mean[i] = found[:, i].mean(0)
+            self.piece_std[i] = found[:, i].std(0) + 1e-6
 
 
 class PointMAEForPointCloudClassification(PointMAEPreTrainedModel):
@@ -90,20 +117,9 @@ class PointMAEForPointCloudClassification(PointMAEPreTrainedModel):
         self.post_init()
 
     def forward(self, points: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
-        hidden = self.point_mae(points).last_hidden_state
-        logits = self.head(self.pooled(hidden))
+        pieces = self.point_mae.pieces(self.point_mae(points).last_hidden_state)
+        logits = self.head(pieces[:, [PIECES.index(piece) for piece in self.config.head_pieces]].flatten(1))
         return SequenceClassifierOutput(loss=None if labels is None else F.cross_entropy(logits.float(), labels), logits=logits)
-
-    def pooled(self, hidden: Tensor) -> Tensor:
-        """Tokens [B, T, d] → the head's pieces side by side; the last G tokens are the patches, those behind the first prompts."""
-        G = self.config.num_groups
-        prompts = hidden[:, 1:-G]
-        read = {
-            "cls": lambda: hidden[:, 0],
-            "prompt": lambda: prompts.mean(1) if prompts.shape[1] else torch.zeros_like(hidden[:, 0]),
-            "patch": lambda: hidden[:, -G:].amax(1),
-        }
-        return torch.cat([read[piece]() for piece in self.config.head_pieces], -1)
 
 
 def head(config: PointMAEConfig) -> nn.Module:

@@ -150,14 +150,15 @@ def main() -> None:
     state = given.out.with_name(given.out.name + ".begun.safetensors")
     try:
         parts = furniture_parts()
-        clouds = [unit_ball(row["points"]) for name in ("train", "validation") for row in parts[name]]
+        clouds = torch.from_numpy(np.stack([unit_ball(row["points"]) for name in ("train", "validation") for row in parts[name]]))
         config = PointMAEConfig(**{**SMALL, **given.sizes})
-        model = pretrain(config, torch.from_numpy(np.stack(clouds)), given.epochs, state=state)
+        model = pretrain(config, clouds, given.epochs, state=state)
     except KeyboardInterrupt:
         raise SystemExit("\nInterrupted; the same command goes on after the last whole pass.") from None
     except VeneerError as error:
         raise SystemExit(f"Error: {error}") from None
     logging.disable_progress_bar()
+    model.point_mae.standardise(clouds[:, : config.num_points])
     model.point_mae.save_pretrained(given.out)
     for file in given.out.iterdir():
         file.chmod(0o644)

@@ -122,11 +122,11 @@ class MaskedAutoencoderForSelfSupervision(SelfSupervised):
 class SelfDistillationForSelfSupervision(SelfSupervised):
     """DINOv2: the student's views of a picture are to say what the teacher's say; hidden patches too, and pictures keep apart."""
 
-    def __init__(self, backbone: Any, local_crops: int = 4, prototypes: int = 1024) -> None:
+    def __init__(self, backbone: Any, local_crops: int = 4, prototypes: int = 1024, centring: str = "centre") -> None:
         super().__init__(backbone)
         self.local_crops = local_crops
         self.head = Projector(self.config.hidden_size, prototypes)
-        self.teacher = Teacher(still="head.prototypes")
+        self.teacher = Teacher(still="head.prototypes", centring=centring)
 
     def objective(self, pixels: Tensor, generator: Generator | None) -> tuple[Tensor, Tensor]:
         B, size, L = len(pixels), pixels.shape[-1], self.count(pixels)

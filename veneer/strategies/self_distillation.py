@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from veneer.maths.self_supervision import moved_centre, sharpened
+from veneer.maths.self_supervision import moved_centre, sharpened, sinkhorn
 from veneer.strategy import Strategy
 from veneer.tuned import Tuned
 
@@ -27,10 +27,11 @@ class Teacher(Strategy):
 
     Args:
         still: name of the head's last layer, which stands still at first.
+        centring: what keeps the teacher from saying one thing of everything: "centre", a running mean that is taken off, or "sinkhorn".
     """
 
-    def __init__(self, still: str) -> None:
-        self.still = still
+    def __init__(self, still: str, centring: str = "centre") -> None:
+        self.still, self.centring = still, centring
         self.student: dict[str, nn.Parameter] = {}
         self.copies: dict[str, Tensor] = {}
         self.centres: dict[str, Tensor] = {}
@@ -78,6 +79,8 @@ class Teacher(Strategy):
 
     def answers(self, key: str, logits: Tensor, learn: bool) -> Tensor:
         """Sharpened probabilities [..., K] for logits; in training the centre of this key then moves."""
+        if self.centring == "sinkhorn":
+            return sinkhorn(logits.flatten(0, -2), self.tau).view_as(logits)
         centre = self.centres.get(key)
         centre = logits.new_zeros(logits.shape[-1]) if centre is None else centre.to(logits)
         found = sharpened(logits, centre, self.tau)

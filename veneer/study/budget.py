@@ -26,7 +26,8 @@ from veneer.errors import BadValue, Unsupported, VeneerError
 from veneer.maths.factor import divisors
 from veneer.method import Method, Params
 from veneer.place import trained
-from veneer.prompts import backbone_of, read_tokens
+from veneer.positions import positions_of
+from veneer.prompts import backbone_of, first_position, read_tokens
 from veneer.site import ROLES, Site
 from veneer.source import Fresh
 from veneer.spec import parse_spec
@@ -123,14 +124,24 @@ def _numbers(part: Method, found: Sequence[Site], model: nn.Module | None, by_sh
             if by_shape and alike:
                 total += next(iter(alike))
                 continue
+            common = shared.get(cast(str, part.tie(site)), {})
             if reads:
                 slot: Any = None  # reading a weight needs none
-                n = _size(part, source.own(part, site, module, slot, torch.empty(0), shared.get(cast(str, part.tie(site)), {})))
+                p = source.own(part, site, module, slot, torch.empty(0), common)
             else:
-                n = _size(part, part.init(site, source.generator)) * (site.count or 1)
+                p = part.init(site, source.generator)
+            if site.kind == "model" and module is not None:
+                _leave_room(part, module, {**common, **p}, site)
+            n = _size(part, p) * (1 if reads else site.count or 1)
             alike.add(n)
             total += n
     return total, all(len(sizes) == 1 for sizes in seen.values())
+
+
+def _leave_room(part: Any, backbone: nn.Module, p: Params, site: Site) -> None:
+    """Raises `BadValue` where learned tokens leave no position for text, as attaching them would."""
+    places = positions_of(backbone, first_position(backbone))
+    places.leave_room(part.label, part.tokens(p, site).shape[-2])
 
 
 def _module(model: nn.Module, site: Site) -> nn.Module:

@@ -46,7 +46,7 @@ def column_names(table: Table, description: str | None, template: str | None) ->
             if template is None:
                 raise BadValue(
                     f"{table.source}: the pictures have no descriptions; there are {', '.join(names)}. Add a column description to "
-                    "metadata.jsonl, name it with --text, or give all one prompt: --template 'a photo of sks dog'."
+                    "metadata.jsonl, name it with --text, or give all one prompt: --task \"text-to-image(template='a photo of sks dog')\"."
                 )
             known = [*names, *(["description"] if said else [])]
             raise BadValue(f"template {template!r}: there is no column {field!r}.{nearest(field, known)} There are: {', '.join(known)}.")

@@ -7,15 +7,17 @@ measures on data sets that were never trained on (2025, arXiv:2503.19683). Any v
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from veneer.errors import BadValue
+from veneer.option import option
 from veneer.tasks.data import Row, Table, _cap, read
 from veneer.tasks.faces import Faces
 from veneer.tasks.image_classification import ImageClassification
 from veneer.tasks.metric import Measured
-from veneer.tasks.task import Options, load_failed
+from veneer.tasks.task import Options, Settings, load_failed
 from veneer.tasks.text_classification import class_name
 from veneer.tasks.videos import VIDEO, thin_out
 
@@ -28,12 +30,22 @@ REAL = ("real", "original", "originals", "pristine", "authentic", "genuine", "bo
 CLASSES = ["real", "fake"]
 
 
+@dataclass(frozen=True)
+class Spread(Settings):
+    others: str | None = option(None, "further data sets, separated by commas, that it is tested on and never trained")
+    w_align: float = option(0.1, "weight of the alignment of a class's features", ge=0)
+    w_uniform: float = option(0.5, "weight of the uniformity of all features", ge=0)
+    slerp: bool = option(True, "move features along arcs within their class in training")
+    augment: bool = option(True, "mirror, move, blur and compress training pictures at random")
+
+
 class ForgeryDetection(ImageClassification):
     """Real or fake. Metrics of pictures, or of videos where the data name them: average precision, AUROC, equal error rate,
     balanced accuracy, and the AUROC on every other data set (all bootstrap)."""
 
     slug: ClassVar[str] = "forgery-detection"
     main: ClassVar[str] = "ap"
+    settings: ClassVar[type[Settings]] = Spread
     headline: ClassVar[str] = "auroc"
 
     # -- data ---------------------------------------------------------------------------------------------------
@@ -54,7 +66,7 @@ class ForgeryDetection(ImageClassification):
         thin_out(table)
         self.check_classes(table, split)
         if split == "train":
-            self.foreign = {name: self.other(name) for name in names_of(self.options.others)}
+            self.foreign = {name: self.other(name) for name in names_of(self.own.others)}
 
     def check_classes(self, table: Table, split: str) -> None:
         """Raises `BadValue` for a row without a label, or rows that are all real or all fake."""
@@ -77,7 +89,7 @@ class ForgeryDetection(ImageClassification):
         table = data.tables.get("test", data.train)
         table = _cap(table, self.options.test_rows)
         if "image" not in table.columns:
-            raise BadValue(f"--others {name}: there is no column 'image'; it has {', '.join(table.columns)}.")
+            raise BadValue(f"others={name}: there is no column 'image'; it has {', '.join(table.columns)}.")
         self.facts["faceless"] += Faces.of(table).check(table, name)
         thin_out(table)
         self.check_classes(table, name)
@@ -97,11 +109,11 @@ class ForgeryDetection(ImageClassification):
         from veneer.models.vision_tower import model_type
         from veneer.tasks.text_classification import label_config
 
-        options = self.options
+        own = self.own
         spread: dict[str, Any] = {
-            "w_align": options.w_align,
-            "w_uniform": options.w_uniform,
-            "slerp": (0.0, 1.0) if options.slerp else None,
+            "w_align": own.w_align,
+            "w_uniform": own.w_uniform,
+            "slerp": (0.0, 1.0) if own.slerp else None,
         }
         try:
             processor = AutoImageProcessor.from_pretrained(resolve(model))
@@ -113,7 +125,7 @@ class ForgeryDetection(ImageClassification):
 
     def encode(self, rows: Sequence[Row], processor: Any) -> Sequence[dict[str, Any]]:
         trained = rows is self.splits.train.rows if hasattr(self, "splits") else False
-        return FacePictures(rows, self.fakes(rows), trained and self.options.augment)
+        return FacePictures(rows, self.fakes(rows), trained and self.own.augment)
 
     def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, Tensor]]:
         import torch

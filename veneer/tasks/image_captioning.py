@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from veneer.errors import BadValue, MissingExtra
+from veneer.option import option
 from veneer.tasks.causal_lm import IGNORED, CausalLM, pad
 from veneer.tasks.data import Row, Table, column
 from veneer.tasks.faces import picture_size
 from veneer.tasks.image_classification import open_picture
 from veneer.tasks.metric import Measured, bootstrap, proportion
-from veneer.tasks.task import CAPTIONS, LABEL_NAMES, Options, _first, check_text, load_failed
+from veneer.tasks.task import CAPTIONS, LABEL_NAMES, Options, Settings, _first, check_text, load_failed
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,6 +24,12 @@ MAX_LENGTH = 64
 """Tokens of a caption."""
 IMAGE_SIZE = 112
 INSTALL = "pip install 'veneer[captions]'"
+
+
+@dataclass(frozen=True)
+class Seeing(Settings):
+    vision: str = option("dinov2-small", "vision tower: a folder, a hub name or a short name")
+    image_tokens: int = option(16, "tokens in which the language model sees a picture: a square number", ge=1)
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,7 @@ class ImageCaptioning(CausalLM):
     against the row's own caption), and accuracy: how many hold the row's label as a word, where the data have a label column."""
 
     slug: ClassVar[str] = "image-captioning"
+    settings: ClassVar[type[Settings]] = Seeing
 
     # -- data ---------------------------------------------------------------------------------------------------
 
@@ -77,17 +85,16 @@ class ImageCaptioning(CausalLM):
 
         from veneer.train.recipe import check_model
 
-        n = self.options.image_tokens
+        n = self.own.image_tokens
         side = math.isqrt(n)
         if side**2 != n:
             raise BadValue(f"image_tokens={n} is no square number; choose {side**2} or {(side + 1) ** 2}.")
-        check_model(self.options.vision)
+        check_model(self.own.vision)
         if importlib.util.find_spec("torchmetrics") is None:
             raise MissingExtra(f"Captions are compared by the package torchmetrics. Run: {INSTALL}")
 
     def said(self) -> str:
-        options = self.options
-        return f"{super().said()}; {options.vision} (--vision), {options.image_tokens} image tokens (--image-tokens)"
+        return f"{super().said()}; {self.own.vision} (vision=…), {self.own.image_tokens} image tokens (image_tokens=…)"
 
     # -- model --------------------------------------------------------------------------------------------------
 
@@ -98,17 +105,17 @@ class ImageCaptioning(CausalLM):
         from veneer.models.captioner import CaptionerConfig, ImageTokensForCaptioning
         from veneer.models.vision_tower import model_type
 
-        options = self.options
+        own = self.own
         made: Any
         try:
             if model_type(model) == CaptionerConfig.model_type:  # merged earlier
                 made, tokenizer = ImageTokensForCaptioning.from_pretrained(model, **kwargs), AutoTokenizer.from_pretrained(model)
             else:
                 language, tokenizer = super().load(model, **kwargs)
-                made = ImageTokensForCaptioning.over(language, options.vision, options.image_tokens, dtype=language.dtype)  # type: ignore[arg-type]
+                made = ImageTokensForCaptioning.over(language, own.vision, own.image_tokens, dtype=language.dtype)  # type: ignore[arg-type]
             images = AutoImageProcessor.from_pretrained(resolve(made.config.vision))
         except (OSError, ValueError) as error:
-            raise load_failed(options.vision, error) from error
+            raise load_failed(own.vision, error) from error
         if tokenizer.eos_token_id is None:
             raise BadValue(f"The tokenizer of {model} has no end-of-text token, so a caption could not end. Choose another language model.")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

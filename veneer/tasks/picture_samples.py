@@ -14,7 +14,7 @@ from veneer.study.contact_sheet import contact_sheet, save_png
 from veneer.tasks.described_pictures import watched
 from veneer.tasks.image_classification import open_picture
 from veneer.tasks.latent_rows import LatentRows, stacked
-from veneer.tasks.task import Options
+from veneer.tasks.text_to_image import Painting
 from veneer.tuned import Tuned
 
 SHEET, SAMPLES, PRIOR = "contact-sheet.png", "samples", "prior"
@@ -24,21 +24,21 @@ PRIOR_SEED = 1_000_000
 """Seeds of the prior's pictures begin here: they share none with the samples."""
 
 
-def give_prior(tuned: Tuned, options: Options, folder: Path) -> str:
+def give_prior(tuned: Tuned, own: Painting, folder: Path) -> str:
     """Makes the prior's pictures with the untouched model, as files that an interrupted run finds again, and gives them to it."""
     model: Any = tuned.model
-    prompt, files = str(options.prior_prompt), [folder / PRIOR / f"{i:03}.png" for i in range(options.prior_pictures)]
+    prompt, files = str(own.prior_prompt), [folder / PRIOR / f"{i:03}.png" for i in range(own.prior_pictures)]
     for i in watched([i for i, file in enumerate(files) if not file.is_file()], "pictures of the prior"):
         with tuned.disabled():
-            picture = sample(model, [prompt], PRIOR_SEED + i, options.sample_steps, options.guidance)[0]
+            picture = sample(model, [prompt], PRIOR_SEED + i, own.sample_steps, own.guidance)[0]
         save_png(picture, files[i])
     rows = LatentRows(files, lambda file: (file, prompt), model)
     batch = stacked([rows[i] for i in range(len(rows))])
-    model.prior = Prior(batch.pop("latents"), {k: v for k, v in batch.items() if k != "labels"}, options.prior_weight)
-    return f"Prior: {len(files)} pictures of {prompt!r} by the untouched model, weight {options.prior_weight:g}, in {folder / PRIOR}"
+    model.prior = Prior(batch.pop("latents"), {k: v for k, v in batch.items() if k != "labels"}, own.prior_weight)
+    return f"Prior: {len(files)} pictures of {prompt!r} by the untouched model, weight {own.prior_weight:g}, in {folder / PRIOR}"
 
 
-def write_samples(tuned: Tuned, options: Options, given: Sequence[tuple[str, Any]], folder: Path) -> str:
+def write_samples(tuned: Tuned, own: Painting, given: Sequence[tuple[str, Any]], folder: Path) -> str:
     """Pictures of prompts by the untouched and the adapted model, same seeds, beside the true ones: files, a list, a contact sheet.
 
     `samples/samples.jsonl` has one line a prompt: id, text, seed, method, and the files of reference, before and after.
@@ -51,7 +51,7 @@ def write_samples(tuned: Tuned, options: Options, given: Sequence[tuple[str, Any
     chosen = (different if len(different) > 1 else given)[:SHOWN]
     facts, rows = [], []
     for i, (prompt, picture) in enumerate(watched(chosen, "pictures of test prompts")):
-        wanted = ([prompt], i, options.sample_steps, options.guidance)
+        wanted = ([prompt], i, own.sample_steps, own.guidance)
         with tuned.disabled():
             before = sample(model, *wanted)[0]
         true = shown(pixels(open_picture(picture, under="white"), model.size))

@@ -33,6 +33,9 @@ class Objective(Settings):
     mask_ratio: float = option(0.75, "mae: share of the patches that are hidden", gt=0, lt=1)
     local_crops: int = option(4, "dino: small views of every picture beside the two large ones", ge=0)
     prototypes: int = option(1024, "dino: outputs of the head; the authors have 65536", ge=2)
+    centring: str = option(
+        "centre", "dino: a running mean taken off the teacher's outputs, or their balance", choices=("centre", "sinkhorn")
+    )
 
 
 class SelfSupervisedImages(ImageClassification):
@@ -86,7 +89,7 @@ class SelfSupervisedImages(ImageClassification):
             if self.own.objective == "mae":
                 made = models.MaskedAutoencoderForSelfSupervision(backbone, self.own.mask_ratio)
             else:
-                made = models.SelfDistillationForSelfSupervision(backbone, self.own.local_crops, self.own.prototypes)
+                made = models.SelfDistillationForSelfSupervision(backbone, self.own.local_crops, self.own.prototypes, self.own.centring)
         except Unsupported as error:
             raise Unsupported(f"{model}: {error}") from None
         self._check_size(made, processor)

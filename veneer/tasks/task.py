@@ -72,15 +72,8 @@ class Options:
         max_new_tokens: longest generated answer.
         source: the domains to train on, separated by commas, of data that have several; all are tested on.
         unlabelled: further domains whose training pictures are used without their masks.
-        vision: the vision tower of image-captioning. image_tokens: how many tokens the language model sees a picture in.
-        others: further data sets, separated by commas, on which forgery-detection is tested and never trained.
-        w_align, w_uniform: weights of its losses on the unit sphere. slerp: whether it moves features along arcs in training.
-        augment: whether its training pictures are mirrored, moved, blurred and compressed at random.
         audio: column of the sound file. language: that of the transcripts, for speech models of several.
         max_seconds: longest clip; models that pad every clip to a fixed window pad to this many seconds instead.
-        template: text-to-image: the prompt of a row, with {columns} filled in. text_encoder: whether adapters go on it, too.
-        prior_prompt, prior_pictures, prior_weight: what the untouched model paints so that it is not unlearned, how often, its weight.
-        sample_steps, guidance: of the pictures that the run makes; None: the pipeline's own guidance.
     """
 
     text: str | None = None
@@ -94,23 +87,9 @@ class Options:
     max_new_tokens: int = 200
     source: str | None = None
     unlabelled: str | None = None
-    vision: str = "dinov2-small"
-    image_tokens: int = 16
-    others: str | None = None
-    w_align: float = 0.1
-    w_uniform: float = 0.5
-    slerp: bool = True
-    augment: bool = True
     audio: str | None = None
     language: str | None = None
     max_seconds: float | None = None
-    template: str | None = None
-    prior_prompt: str | None = None
-    prior_pictures: int = 50
-    prior_weight: float = 1.0
-    text_encoder: bool = False
-    sample_steps: int = 25
-    guidance: float | None = None
 
     own: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The task's own `Settings` that differ from their defaults."""
@@ -241,6 +220,13 @@ def named(spec: str) -> tuple[str, dict[str, Any]]:
     from veneer.spec import parse_one
 
     return parse_one(spec, card, "task")
+
+
+def with_own(spec: str, settings: dict[str, Any]) -> str:
+    """A task with further settings of its own; those that stand in its brackets already win."""
+    name, own = named(spec)
+    words = ", ".join(f"{k}={v!r}" for k, v in {**settings, **own}.items())
+    return f"{name}({words})" if words else name
 
 
 def card(name: str) -> Card:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from veneer.errors import BadFile, BadValue, Unsupported
+from veneer.option import option
 from veneer.tasks.data import Row, Table
 from veneer.tasks.described_pictures import check_pictures, column_names, needs_description, prompt_of
 from veneer.tasks.metric import Measured, bootstrap
-from veneer.tasks.task import Options, Task
+from veneer.tasks.task import Options, Settings, Task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,12 +21,24 @@ if TYPE_CHECKING:
     from veneer.tuned import Tuned
 
 
+@dataclass(frozen=True)
+class Painting(Settings):
+    template: str | None = option(None, "prompt of a row, such as 'a sketch of {description}', or of all rows")
+    prior_prompt: str | None = option(None, "what the untouched model paints so that it is not unlearned (DreamBooth)")
+    prior_pictures: int = option(50, "pictures that the prior is made of", ge=1)
+    prior_weight: float = option(1.0, "weight of the prior in the loss", ge=0)
+    text_encoder: bool = option(False, "adapt the text encoders too")
+    sample_steps: int = option(25, "sampling steps of the pictures the run makes", ge=1)
+    guidance: float | None = option(None, "guidance of these pictures; the pipeline's own if not given", ge=0)
+
+
 class TextToImage(Task):
     """Pictures with descriptions. Metric: mean squared error of the network's prediction at noise and levels fixed for each row."""
 
     slug: ClassVar[str] = "text-to-image"
     main: ClassVar[str] = "loss"
     greater: ClassVar[bool] = False
+    settings: ClassVar[type[Settings]] = Painting
     grouped: ClassVar[bool] = False
 
     # -- data -------------------------------------------------------------------------------------------------
@@ -33,16 +47,16 @@ class TextToImage(Task):
     def columns(cls, table: Table, options: Options) -> Options:
         import dataclasses
 
-        said, _ = column_names(table, options.text, options.template)
+        said, _ = column_names(table, options.text, options.own.get("template"))
         return dataclasses.replace(options, text=said)
 
     def check(self, table: Table, split: str) -> None:
-        said, attributes = column_names(table, self.options.text, self.options.template)
+        said, attributes = column_names(table, self.options.text, self.own.template)
         if split == "train":
             self.facts["attributes"] = attributes
             self.seen: dict[str, str] = {}
         for i, row in enumerate(table.rows):
-            if said and needs_description(self.options.template, said) and not str(row.get(said) or "").strip():
+            if said and needs_description(self.own.template, said) and not str(row.get(said) or "").strip():
                 raise BadValue(f"{table.place(i)} ({split}): the picture has no description; fill the column {said!r}.")
         check_pictures(table, split, getattr(self, "seen", {}))
 
@@ -52,7 +66,7 @@ class TextToImage(Task):
 
     def said(self) -> str:
         text = f"text={self.options.text!r} (--text)" if self.options.text else ""
-        template = f"template={self.options.template!r} (--template)" if self.options.template else ""
+        template = f"template={self.own.template!r} (--task 'text-to-image(template=…)')" if self.own.template else ""
         return ", ".join(part for part in (text, template) if part)
 
     @classmethod
@@ -61,7 +75,7 @@ class TextToImage(Task):
 
     def prompt(self, row: Row) -> str:
         """The prompt of a row."""
-        return prompt_of(row, self.options.text, self.facts.get("attributes"), self.options.template)
+        return prompt_of(row, self.options.text, self.facts.get("attributes"), self.own.template)
 
     # -- model ------------------------------------------------------------------------------------------------
 
@@ -81,7 +95,7 @@ class TextToImage(Task):
         pipeline, options = load_pipeline(folder, dtype), self.options
         family_of(pipeline)
         context(pipeline, options.max_length)
-        made = Diffusion(pipeline, options.image_size or default_size(pipeline), options.text_encoder, options.max_length)
+        made = Diffusion(pipeline, options.image_size or default_size(pipeline), self.own.text_encoder, options.max_length)
         made.config._name_or_path = model
         return made, made
 
@@ -110,14 +124,14 @@ class TextToImage(Task):
             lines.append(
                 f"{cut} of {len(prompts)} prompts are longer than the {limit} tokens that the text encoder reads, and are cut there."
             )
-        return [*lines, *([give_prior(tuned, self.options, folder)] if self.options.prior_prompt else [])]
+        return [*lines, *([give_prior(tuned, self.own, folder)] if self.own.prior_prompt else [])]
 
     def after(self, tuned: Tuned, processor: Any, folder: Path) -> list[str]:
         """Pictures of the first test prompts by the untouched and the adapted model, and a contact sheet of them."""
         from veneer.tasks.picture_samples import write_samples
 
         given = [(self.prompt(row), row["image"]) for row in self.splits.test.rows]
-        return [write_samples(tuned, self.options, given, folder)]
+        return [write_samples(tuned, self.own, given, folder)]
 
     # -- results ----------------------------------------------------------------------------------------------
 
@@ -131,7 +145,7 @@ class TextToImage(Task):
         prompts = [item if isinstance(item, str) else self.prompt(item) if isinstance(item, dict) else "" for item in inputs]
         if not all(prompt.strip() for prompt in prompts):
             raise BadValue("predict: give descriptions as texts, or rows with the columns that the run was trained on.")
-        options, found = self.options, []
+        own, found = self.own, []
         for i in range(0, len(prompts), batch_size):
-            found += sample(processor, prompts[i : i + batch_size], i, options.sample_steps, options.guidance)
+            found += sample(processor, prompts[i : i + batch_size], i, own.sample_steps, own.guidance)
         return [{"image": picture, "prompt": prompt, "seed": i} for i, (picture, prompt) in enumerate(zip(found, prompts))]

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 from veneer.errors import VeneerError
-from veneer.train.trainer import AdapterTrainer, last_checkpoint
+from veneer.train.state import read_state
+from veneer.train.trainer import OPTIMISER, STATE, AdapterTrainer, last_checkpoint, put_back
 
 if TYPE_CHECKING:
     from veneer.tasks.data import Row
@@ -232,6 +233,13 @@ class RunTrainer(AdapterTrainer):
 
     def take_extra_state(self, state: dict[str, Any]) -> None:
         self.clock.seconds, self.clock.steps, self.clock.peak = state["seconds"], list(state["steps"]), state["peak"]
+
+    def take_end(self, checkpoint: Path) -> None:
+        """What training had come to when it was stopped after its last step: its state, its clock, its best adapter."""
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE))
+        self.take_extra_state(read_state(checkpoint / OPTIMISER)["extra"])
+        best = self.state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        put_back(self.tuned, best or checkpoint)
 
     # -- measuring ----------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from veneer.errors import BadFile, BadValue, UnknownName, nearest
 from veneer.option import check, option
-from veneer.tasks.task import Options, named
+from veneer.tasks.task import Options, card, named, with_own
 from veneer.train import packed_base
 from veneer.train.packed_base import FORMATS, OPTIMIZERS
 
@@ -67,23 +67,9 @@ class Recipe:
     max_new_tokens: int = option(200, "longest generated answer in tokens", ge=1)
     source: str | None = option(None, "domains to train on, separated by commas, of data that have several; all are tested on")
     unlabelled: str | None = option(None, "domains whose training pictures are used without masks, with '+ self-training'")
-    vision: str = option("dinov2-small", "vision tower of image-captioning")
-    image_tokens: int = option(16, "tokens in which the language model of image-captioning sees a picture: a square number", ge=1)
-    others: str | None = option(None, "further data sets, separated by commas, that forgery-detection is tested on")
-    w_align: float = option(0.1, "forgery-detection: weight of the alignment of a class's features", ge=0)
-    w_uniform: float = option(0.5, "forgery-detection: weight of the uniformity of all features", ge=0)
-    slerp: bool = option(True, "move features along arcs within their class in training, in forgery-detection")
-    augment: bool = option(True, "mirror, move, blur and compress training pictures at random, in forgery-detection")
     audio: str | None = option(None, "column of the sound file")
     language: str | None = option(None, "language of the transcripts, such as es, for speech models of several")
     max_seconds: float | None = option(None, "longest clip; Whisper then pads to this instead of 30 s, which saves time", gt=0)
-    template: str | None = option(None, "text-to-image: prompt of a row, such as 'a sketch of {description}', or of all rows")
-    prior_prompt: str | None = option(None, "text-to-image: what the untouched model paints so that it is not unlearned (DreamBooth)")
-    prior_pictures: int = option(50, "text-to-image: pictures that the prior is made of", ge=1)
-    prior_weight: float = option(1.0, "text-to-image: weight of the prior in the loss", ge=0)
-    text_encoder: bool = option(False, "adapt the text encoders too, in text-to-image")
-    sample_steps: int = option(25, "text-to-image: sampling steps of the pictures the run makes", ge=1)
-    guidance: float | None = option(None, "text-to-image: guidance of these pictures; the pipeline's own if not given", ge=0)
 
     def __post_init__(self) -> None:
         for f in dataclasses.fields(self):
@@ -106,6 +92,9 @@ class Recipe:
         """
         known = {f.name for f in dataclasses.fields(cls)}
         given = {str(name).replace("-", "_"): value for name, value in settings.items()}
+        if isinstance(given.get("task"), str):  # a task's own settings may also stand beside it
+            own = {name: given.pop(name) for name in [*given] if name not in known and name in _own(given["task"])}
+            given["task"] = with_own(given["task"], own) if own else given["task"]
         for name in given:
             if name not in known:
                 raise UnknownName(f"recipe: there is no setting {name!r}.{nearest(name, known)} There are: {', '.join(sorted(known))}.")
@@ -174,6 +163,11 @@ class Recipe:
         digest = hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:6]
         words = [Path(self.model).name, Path(self.data).stem, re.split(r"[(\s]", self.method)[0]]
         return Path("runs") / "-".join(re.sub(r"[^\w.]+", "-", word).strip("-") for word in (*words, digest))
+
+
+def _own(task: str) -> set[str]:
+    """Names of the settings that a task alone has."""
+    return {option.name for option in card(named(task)[0]).options}
 
 
 def check_model(name: str) -> None:

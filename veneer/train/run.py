@@ -169,7 +169,7 @@ class Run:
             tuned = veneer.attach(
                 model, method, seed=recipe.seed, head=recipe.head, allow_unmatched=recipe.allow_unmatched, batches=batches
             )
-        lr = recipe.lr or min(getattr(type(part), "default_lr", DEFAULT_LR) for part in method.parts)
+        lr = recipe.lr or default_rate(method)
         self.say(str(tuned.summary()))
         self.say(f"Learning rate: {lr:g}{'' if recipe.lr else ' (the default; --lr changes it)'}; seed {recipe.seed}")
         return tuned, lr
@@ -310,7 +310,10 @@ class Run:
         set_seed(self.recipe.seed)  # whatever came before must not change the run
         self.interrupt.patient = True
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if checkpoint is not None and int(checkpoint.name.rpartition("-")[2]) >= self.total():
+                trainer.take_end(checkpoint)  # the Trainer would take one step more
+            else:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             self.interrupt.patient = False
         if self.interrupt.asked:
@@ -425,6 +428,15 @@ def load(recipe: Recipe, task: Task, device: str, precision: str) -> tuple[Any, 
     if getattr(config, "use_cache", None):
         config.use_cache = False
     return (model if recipe.quantise != "none" else model.to(device)), processor
+
+
+def default_rate(method: Method) -> float:
+    """The lowest rate of its own that a part of the method has; strategies that name none go along with the others."""
+    from veneer.method import StrategyMethod
+
+    silent = (part for part in method.parts if isinstance(part, StrategyMethod) and "default_lr" not in vars(type(part)))
+    skipped = {id(part) for part in silent}
+    return min((type(part).default_lr for part in method.parts if id(part) not in skipped), default=DEFAULT_LR)
 
 
 def _set_dropout(model: Any, p: float) -> None:

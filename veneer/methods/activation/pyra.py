@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from veneer.errors import NoMatch
 from veneer.init import kaiming_uniform, ones, zeros
 from veneer.maths.merging_schedule import Scheduled
 from veneer.maths.token_merging import alike, counted, merged, packed, taken, unpacked
@@ -22,8 +24,8 @@ class PYRA(Scheduled):
 
     s are the r tokens of a block whose keys are most like those of others, t their partners, both times the number of patches
     they stand for, their size; attention counts a merged token as often as the tokens it stands for. Every block after the
-    merge, in training too, runs on fewer tokens. Pick it beside a method that adapts, as in "lora + pyra", to make a vision
-    transformer two or three times as fast without the loss of plain merging (reactivate=False, ToMe, arXiv:2210.09461).
+    merge, in training too, runs on fewer tokens. Pick it beside a method that adapts, as in "lora + pyra", where a vision
+    transformer must answer or train faster; its authors find it ahead of plain merging (reactivate=False, ToMe, arXiv:2210.09461).
     Not with learned tokens, nor where inference must be the base's.
 
     The published schedules for 197 tokens: low is r=16 in 12 blocks, r=8 in 24; high is, in 12 blocks,
@@ -44,6 +46,14 @@ class PYRA(Scheduled):
         "merge": "it changes the number of tokens, not a weight",
         "weighted": "sequences of other lengths do not add up",
     }
+
+    def select(self, sites: Sequence[Site]) -> list[Site]:
+        found = super().select(sites)
+        whole = {s.depth for s in sites if s.kind == "norm" and s.role == "norm.mlp"}
+        odd = next((s.name for s in found if s.depth not in whole), None)
+        if odd is not None:
+            raise NoMatch(f"PYRA: the block {odd} has no norm before its feed-forward; it acts on plain vision transformers.")
+        return found
 
     def check_tensors(self, p: Params, site: Site) -> None:
         r = self.gone(site)[site.index]

@@ -21,15 +21,17 @@ RECIPE = Path(__file__).parents[2] / "recipes" / "earth-adapter.yaml"
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"method": "lora(r=8) + self-training", "unlabelled": "artefacts"}], ids=["earth-adapter", "self-training"]
+    "changes",
+    [{"method": "probe"}, {"method": "probe + self-training(start=0.7)", "unlabelled": "artefacts"}],
+    ids=["probe", "self-training"],
 )
 def test_shapes_are_found_in_every_domain(tmp_path: Path, changes: dict[str, str]) -> None:
     if not assets.available("dinov2-small"):
         pytest.skip(f"needs: {assets.INSTALL['dinov2-small']}")
-    plan = Recipe.read(RECIPE, {"steps": 60, "eval_every": 30, "test_rows": 24, "out": str(tmp_path / "run"), **changes})
+    plan = Recipe.read(RECIPE, {"steps": 60, "lr": 5e-3, "eval_every": 60, "test_rows": 24, "out": str(tmp_path / "run"), **changes})
     found = train(plan, progress=False).metrics
-    assert found["clean/mean_iou"].value > 0.35, "guessing the ground everywhere gives 0.14"
-    assert all(found[f"{domain}/mean_iou"].value > 0.2 for domain in DOMAINS)
+    assert found["clean/mean_iou"].value > 0.25, "to call everything ground gives 0.14"
+    assert all(found[f"{domain}/mean_iou"].value > 0.17 for domain in DOMAINS)
     picture, mask = scene((1, 2, 3))
     answer = predict(tmp_path / "run", [picture])[0]
     assert answer["mask"].size == mask.shape and set(answer["scores"]) == set(CLASSES)
