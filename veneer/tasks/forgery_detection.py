@@ -110,11 +110,8 @@ class ForgeryDetection(ImageClassification):
         from veneer.tasks.text_classification import label_config
 
         own = self.own
-        spread: dict[str, Any] = {
-            "w_align": own.w_align,
-            "w_uniform": own.w_uniform,
-            "slerp": (0.0, 1.0) if own.slerp else None,
-        }
+        arcs = (0.0, 1.0) if own.slerp else None
+        spread: dict[str, Any] = {"w_align": own.w_align, "w_uniform": own.w_uniform, "slerp": arcs}
         try:
             processor = AutoImageProcessor.from_pretrained(resolve(model))
             if model_type(model) == SphereConfig.model_type:  # merged earlier
